@@ -1,0 +1,512 @@
+"""Storey 2: the losses on logits. Their options are arithmetic around two differentiation rules."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from . import _checks, _rows
+from ._reduction import REDUCTIONS, reduce_losses, times
+from ._rows import Rows, Statistics, Targets
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Array:
+    r"""Softmax cross-entropy between logits and distributions over the classes.
+
+    With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, log-normalizer
+    :math:`L = \log \sum_k e^{z_k}` and smoothed targets :math:`y'_c = (1 - e) y_c + e / V`, the loss of
+    an example is
+
+    .. math:: w \left( \sum_c w_c\, y'_c\, (-\log o_c) + \zeta L^2 \right).
+
+    The targets need not sum to one. The gradient is analytic:
+    :math:`\partial E / \partial z_c = o_c \sum_k y_k - y_c` and
+    :math:`\partial E / \partial y_c = -\log o_c`.
+
+    Args:
+      logits: [N..., V] with the classes on `axis`; any floating dtype. 16-bit logits are computed in
+        float32.
+      labels: The shape of `logits`. Floats; integers and bools serve as one-hot rows.
+      axis: The axis of the classes, or several, which are taken as one; None means all.
+      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep). An
+        example of which nothing is kept has loss 0. The mass of a distribution on a class that is left
+        out is left out too.
+      label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
+      class_weights: [V], the weight of each class.
+      weights: [N...], the weight of each example; 0 leaves it out.
+      z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
+      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
+      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
+        that count, and 0 if there are none.
+      forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
+        for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+
+    Returns:
+      The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN for a row of logits that
+      are all -inf, or of which one is +inf or NaN; that row's gradient is NaN and no other's. A logit of
+      -inf is an absent class, and costs +inf if it has mass.
+
+    Raises:
+      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_sce import softmax_cross_entropy
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
+      >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+      >>> print(softmax_cross_entropy(logits, labels).round(4))
+      [0.2761 1.8018]
+      >>> print(softmax_cross_entropy(logits, labels, reduction="mean").round(4))
+      1.0389
+
+    References:
+      Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
+      the loss and its derivative; Szegedy et al. (2016), arXiv:1512.00567, for label smoothing;
+      Chowdhery et al. (2022), arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
+      arXiv:2408.00118, for the soft-cap.
+
+    See also:
+      `softmax_cross_entropy_with_integer_labels`, where each example has one class.
+    """
+    logits = _checks.floating("logits", logits)
+    axes = _checks.class_axes(axis, logits.ndim)
+    labels = _checks.real("labels", labels)
+    _checks.shape("labels", labels, logits.shape)
+    options = _check_options(
+        logits, axes, where, label_smoothing, class_weights, weights, z_loss, softcap, reduction
+    )
+    rule = _target_rule_forward if forward_mode else _target_rule
+    loss, log_normalizer = rule(options.rows, options.targets(labels, axes), options.counts)
+    return _finish(options, loss, log_normalizer, None, reduction)
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None,
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    reduction: str = "none",
+    forward_mode: bool = False,
+) -> Array:
+    r"""Softmax cross-entropy between logits and the index of the right class.
+
+    With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, the loss of an example with label y is
+    :math:`-\log o_y`, and its gradient :math:`o_c - [c = y]`. With options it is
+
+    .. math:: w \left( \sum_c w_c\, y'_c\, (-\log o_c) + \zeta L^2 \right),
+       \quad y'_c = (1 - e) [c = y] + e / V, \quad L = \log \sum_k e^{z_k}.
+
+    Args:
+      logits: [N..., V] with the classes on `axis`; any floating dtype. 16-bit logits are computed in
+        float32.
+      labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
+        those axes flattened in the order given.
+      axis: The axis of the classes, or several, which are taken as one; None means all.
+      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep). An
+        example of which nothing is kept has loss 0; a label on a class left out costs +inf.
+      ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
+      label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
+      class_weights: [V], the weight of each class.
+      weights: [N...], the weight of each example; 0 leaves it out.
+      z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
+      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
+      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
+        `weights * class_weights[label]` of the examples that count, and 0 if there are none.
+      forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
+        for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+
+    Returns:
+      The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN, with a gradient of NaN in
+      that row alone, for a label outside [0, V) (-1 too), and for a row of logits that are all -inf, or
+      of which one is +inf or NaN. A logit of -inf is an absent class, and costs +inf as the label.
+
+    Raises:
+      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_sce import softmax_cross_entropy_with_integer_labels
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
+      >>> labels = jnp.array([0, 1])
+      >>> print(softmax_cross_entropy_with_integer_labels(logits, labels).round(4))
+      [0.2761 2.9518]
+      >>> confident = jnp.array([17.0, 0.0])
+      >>> print(f"{softmax_cross_entropy_with_integer_labels(confident, 0):.3e}")
+      4.140e-08
+
+    References:
+      Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
+      the loss and its derivative; Szegedy et al. (2016), arXiv:1512.00567, for label smoothing;
+      Chowdhery et al. (2022), arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
+      arXiv:2408.00118, for the soft-cap.
+
+    See also:
+      `softmax_cross_entropy`, where the labels are distributions.
+    """
+    logits = _checks.floating("logits", logits)
+    axes = _checks.class_axes(axis, logits.ndim)
+    labels = _checks.integers("labels", labels)
+    _checks.shape("labels", labels, _rows_shape(logits, axes))
+    ignored = _checks.integer_or_none("ignore_index", ignore_index)
+    options = _check_options(
+        logits, axes, where, label_smoothing, class_weights, weights, z_loss, softcap, reduction
+    )
+    if ignored is not None:
+        options = options.without(_equals(labels, ignored))
+    index = _class_index(labels, options.rows.num_classes)
+    if options.kept is not None:
+        index = jnp.where(options.kept, index, 0)
+    class_weight = None
+    if options.class_weights is not None:
+        class_weight = options.class_weights[jnp.maximum(index, 0)]
+    if options.smoothing is None:
+        rule = _label_rule_forward if forward_mode else _label_rule
+        loss, log_normalizer = rule(options.rows, index, options.counts)
+    else:
+        rule = _target_rule_forward if forward_mode else _target_rule
+        loss, log_normalizer = rule(options.rows, options.targets(index, None), options.counts)
+    weigh = options.smoothing is None  # else the targets carry the class weights already
+    return _finish(options, loss, log_normalizer, class_weight, reduction, weigh=weigh)
+
+
+# -- options ------------------------------------------------------------------------------------------
+
+
+class _Options(NamedTuple):
+    """The checked arguments; None where an option is not used, so that it costs nothing."""
+
+    rows: Rows
+    kept: Array | None  # bool, [N...], the examples to keep
+    classes_kept: Array | None  # bool, [N... or 1..., V]
+    smoothing: Array | None  # scalar
+    class_weights: Array | None  # [V]
+    weights: Array | None  # [N...]
+    z_loss: Array | None  # scalar
+
+    def without(self, ignored: Array) -> "_Options":
+        return self._replace(kept=~ignored if self.kept is None else self.kept & ~ignored)
+
+    @property
+    def counts(self) -> Array | None:
+        """[N...], the examples whose derivative is not exactly zero."""
+        if self.weights is None:
+            return self.kept
+        return self.weights != 0 if self.kept is None else self.kept & (self.weights != 0)
+
+    def targets(self, labels: Array, axes: tuple[int, ...] | None) -> Targets:
+        return Targets(
+            labels,
+            self.classes_kept,
+            self.smoothing,
+            self.class_weights,
+            axes,
+            self.rows.num_classes,
+            _rows.compute_dtype(self.rows.logits),
+        )
+
+
+def _check_options(
+    logits: Array,
+    axes: tuple[int, ...],
+    where: ArrayLike | None,
+    label_smoothing: ArrayLike,
+    class_weights: ArrayLike | None,
+    weights: ArrayLike | None,
+    z_loss: ArrayLike,
+    softcap: ArrayLike | None,
+    reduction: str,
+) -> _Options:
+    dtype = _rows.compute_dtype(logits)
+    rows_shape = _rows_shape(logits, axes)
+    num_classes = _checks.num_classes(logits, axes)
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+
+    smoothing = _scalar_or_none("label_smoothing", label_smoothing, dtype)
+    _checks.number_in("label_smoothing", label_smoothing, 0, 1, "[0, 1]")
+    if softcap is not None:
+        _checks.number_in("softcap", softcap, 0, float("inf"), "(0, inf]")
+        softcap = _checks.scalar("softcap", softcap).astype(dtype)
+    if class_weights is not None:
+        class_weights = _checks.real("class_weights", class_weights).astype(dtype)
+        _checks.shape("class_weights", class_weights, (num_classes,))
+    if weights is not None:
+        weights = _checks.real("weights", weights).astype(dtype)
+        _checks.shape("weights", weights, rows_shape)
+
+    kept, classes, classes_kept = None, None, None
+    if where is not None:
+        kept, classes = _split_where(where, logits.shape, axes)
+    if classes is not None:
+        # Expand the class axes alone: a mask that all examples share stays small.
+        sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(classes.shape)]
+        classes_kept = _rows.classes_last(jnp.broadcast_to(classes, sizes), axes)
+        kept = jnp.broadcast_to(jnp.any(classes_kept, axis=-1), rows_shape)
+    return _Options(
+        Rows(logits, classes, softcap, axes),
+        kept,
+        classes_kept,
+        smoothing,
+        class_weights,
+        weights,
+        _scalar_or_none("z_loss", z_loss, dtype),
+    )
+
+
+def _scalar_or_none(name: str, x: ArrayLike, dtype: jnp.dtype) -> Array | None:
+    """A scalar option as an array; None for the number zero, which switches it off."""
+    array = _checks.scalar(name, x).astype(dtype)
+    return None if isinstance(x, int | float) and x == 0 else array
+
+
+def _rows_shape(logits: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(logits.shape) if axis not in axes)
+
+
+def _split_where(
+    where: ArrayLike, logits_shape: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """`where` as a mask of examples, [N...], or of classes, of the logits' rank."""
+    where = _checks.boolean("where", where)
+    rows_shape = tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
+    if where.ndim == len(logits_shape) and all(where.shape[axis] == 1 for axis in axes):
+        where = where.squeeze(axes)
+    if where.ndim < len(logits_shape) and _broadcasts(where.shape, rows_shape):
+        return jnp.broadcast_to(where, rows_shape), None
+    if _broadcasts(where.shape, logits_shape):
+        return None, where.reshape((1,) * (len(logits_shape) - where.ndim) + where.shape)
+    raise ValueError(
+        f"where must broadcast to the examples, {rows_shape}, or to the logits, {logits_shape}, "
+        f"got {where.shape}"
+    )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    tail = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+
+
+def _equals(labels: Array, value: int) -> Array:
+    """`labels == value`, without wrapping a value that the labels' dtype cannot hold."""
+    info = jnp.iinfo(labels.dtype)
+    if not info.min <= value <= info.max:
+        return jnp.zeros(labels.shape, bool)
+    return labels == jnp.asarray(value, labels.dtype)
+
+
+def _class_index(labels: Array, num_classes: int) -> Array:
+    """Labels as int32, -1 for those outside [0, V). Compared in their own dtype, so nothing wraps."""
+    good = labels >= 0
+    if num_classes <= jnp.iinfo(labels.dtype).max:
+        good &= labels < jnp.asarray(num_classes, labels.dtype)
+    return jnp.where(good, jnp.where(good, labels, 0).astype(jnp.int32), -1)
+
+
+def _finish(
+    options: _Options,
+    loss: Array,
+    log_normalizer: Array,
+    class_weight: Array | None,
+    reduction: str,
+    *,
+    weigh: bool = False,
+) -> Array:
+    """The class weight if it is to `weigh`, the z-loss, the weights of the examples, and the reduction.
+
+    What must not count is made 0 before any arithmetic, for 0 times NaN is NaN, in derivatives too. A
+    loss of weight 0 is kept where it is finite: it is the derivative with respect to that weight.
+    """
+    live = options.kept
+    if options.weights is not None:
+        harmless = (options.weights != 0) | (jnp.isfinite(loss) & jnp.isfinite(log_normalizer))
+        live = harmless if live is None else live & harmless
+    if live is not None:
+        loss, log_normalizer = jnp.where(live, loss, 0), jnp.where(live, log_normalizer, 0)
+
+    if weigh and class_weight is not None:
+        loss = times(class_weight, loss)
+    if options.z_loss is not None:
+        loss = loss + options.z_loss * jnp.square(log_normalizer)
+    weights = jnp.ones_like(loss) if class_weight is None else class_weight
+    if options.weights is not None:
+        loss, weights = options.weights * loss, options.weights * weights
+    if options.kept is not None:
+        weights = jnp.where(options.kept, weights, 0)
+    return reduce_losses(loss, weights, reduction)
+
+
+# -- rules --------------------------------------------------------------------------------------------
+# Each gives the loss and the log-normalizer of every row, and honours a cotangent of both. Rows outside
+# `counts` have a derivative of exactly 0, whatever their logits hold; their values are the caller's to
+# replace. What is saved for the derivative is the arguments and some numbers a row.
+
+
+class _LabelResiduals(NamedTuple):
+    rows: Rows
+    labels: Array  # [N...]
+    counts: Array | None  # [N...]
+    gap: Array  # [N...], the label's logit less the largest
+    stats: Statistics  # [N...] each
+
+
+@jax.custom_vjp
+def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array, Array]:
+    return _label_fwd(rows, labels, counts)[0]
+
+
+def _label_fwd(rows, labels, counts):
+    picked = rows.read_at(labels)
+    stats = _rows.statistics(rows)
+    gap = picked - stats.max
+    out = _rows.label_loss(gap, stats), _rows.log_normalizer(stats)
+    return out, _LabelResiduals(rows, labels, counts, gap, stats)
+
+
+def _label_bwd(residuals, cotangents):
+    rows, labels, counts, gap, stats = residuals
+    cotangent = _rows.label_cotangent(rows, labels, gap, stats, *cotangents)
+    return _pull(rows, _only(counts, cotangent)), None, None
+
+
+_label_rule.defvjp(_label_fwd, _label_bwd)
+
+
+class _TargetResiduals(NamedTuple):
+    rows: Rows
+    targets: Targets
+    counts: Array | None  # [N...]
+    mass: Array  # [N...], the sum of the targets
+    stats: Statistics  # [N...] each
+
+
+@jax.custom_vjp
+def _target_rule(rows: Rows, targets: Targets, counts: Array | None) -> tuple[Array, Array]:
+    return _target_fwd(rows, targets, counts)[0]
+
+
+def _target_fwd(rows, targets, counts):
+    stats = _rows.statistics(rows)
+    loss, mass = _rows.target_loss(rows, targets, stats)
+    out = loss, _rows.log_normalizer(stats)
+    return out, _TargetResiduals(rows, targets, counts, mass, stats)
+
+
+def _target_bwd(residuals, cotangents):
+    rows, targets, counts, mass, stats = residuals
+    of_logits, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *cotangents)
+    return _pull(rows, _only(counts, of_logits)), _pull(targets, _only(counts, of_targets)), None
+
+
+_target_rule.defvjp(_target_fwd, _target_bwd)
+
+
+def _only(counts: Array | None, cotangent: Array) -> Array:
+    return cotangent if counts is None else jnp.where(counts[..., None], cotangent, 0)
+
+
+def _pull(view, cotangent: Array):
+    """The cotangent of what `view.read()` reads, in that view's own types and layout."""
+    return jax.vjp(type(view).read, view)[1](cotangent)[0]
+
+
+# Forward mode: the same maps, contracted with a tangent. Under `jax.checkpoint`, reverse mode over the
+# tangent keeps the arguments and the row statistics, and no array of the logits' size.
+
+
+@jax.custom_jvp
+def _label_rule_forward(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array, Array]:
+    return _label_fwd(rows, labels, counts)[0]
+
+
+@_label_rule_forward.defjvp
+def _label_jvp(primals, tangents):
+    out, residuals = _label_fwd(*primals)
+
+    @jax.checkpoint
+    def tangent(residuals, rows_dot):
+        rows, labels, counts, gap, stats = residuals
+        z_dot = _push(rows, rows_dot)
+        one, zero = jnp.ones_like(gap), jnp.zeros_like(gap)
+        return tuple(
+            jnp.sum(_only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g)) * z_dot, -1)
+            for g in ((one, zero), (zero, one))
+        )
+
+    return out, tangent(residuals, tangents[0])
+
+
+@jax.custom_jvp
+def _target_rule_forward(rows: Rows, targets: Targets, counts: Array | None) -> tuple[Array, Array]:
+    return _target_fwd(rows, targets, counts)[0]
+
+
+@functools.partial(_target_rule_forward.defjvp, symbolic_zeros=True)
+def _target_jvp(primals, tangents):
+    out, residuals = _target_fwd(*primals)
+    rows_dot, targets_dot, _ = tangents
+    views = {"rows": rows_dot, "targets": targets_dot}
+    # The cost of an absent class is infinite, and infinity times a tangent of 0 is NaN: leave out the
+    # targets altogether where they are not differentiated.
+    moving = {name: _instantiate(dot) for name, dot in views.items() if _moves(dot)}
+
+    @jax.checkpoint
+    def tangent(residuals, moving):
+        rows, targets, counts, mass, stats = residuals
+        one, zero = jnp.ones_like(mass), jnp.zeros_like(mass)
+        dots = []
+        for g in ((one, zero), (zero, one)):
+            of_rows, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *g)
+            dot = zero
+            if "rows" in moving:
+                dot += jnp.sum(_only(counts, of_rows) * _push(rows, moving["rows"]), -1)
+            if "targets" in moving:
+                dot += jnp.sum(_only(counts, of_targets) * _push(targets, moving["targets"]), -1)
+            dots.append(dot)
+        return tuple(dots)
+
+    return out, tangent(residuals, moving)
+
+
+def _push(view, view_dot) -> Array:
+    """The tangent of what `view.read()` reads."""
+    return jax.jvp(type(view).read, (view,), (view_dot,))[1]
+
+
+def _moves(tangent) -> bool:
+    leaves = jax.tree.leaves(tangent, is_leaf=_is_symbolic_zero)
+    return not all(map(_is_symbolic_zero, leaves))
+
+
+def _instantiate(tangent):
+    def zeros(x):
+        return np.zeros(x.shape, x.dtype) if _is_symbolic_zero(x) else x
+
+    return jax.tree.map(zeros, tangent, is_leaf=_is_symbolic_zero)
+
+
+def _is_symbolic_zero(x) -> bool:
+    return isinstance(x, jax.custom_derivatives.SymbolicZero)

@@ -1,0 +1,28 @@
+"""From the loss of each example to what the caller asked for: weights, z-loss, and the reduction."""
+
+import jax.numpy as jnp
+from jax import Array
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def times(weight: Array, loss: Array) -> Array:
+    """`weight * loss`, where a weight of 0 leaves out even a loss of +inf. NaN stays NaN.
+
+    The derivative with respect to a weight of 0 is the loss still, wherever that is finite.
+    """
+    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
+
+
+def reduce_losses(losses: Array, weights: Array, reduction: str) -> Array:
+    """Reduce losses that are weighted already. `weights` are what a mean divides by.
+
+    A mean over no weight is 0, and so is its gradient.
+    """
+    if reduction == "none":
+        return losses
+    total = jnp.sum(losses)
+    if reduction == "sum":
+        return total
+    weight = jnp.sum(weights)
+    return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))

@@ -1,0 +1,417 @@
+"""Storey 1: the statistics of a row of logits, and every derivative that follows from them.
+
+A row is the set of logits of one example. All that a softmax cross-entropy needs to know of it is
+
+    max  = max_j z_j
+    tail = sum_j e^{z_j - max} - 1        summed without the one: see below
+
+for then `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
+
+    loss            E = sum_j y_j (max - z_j) + sum(y) log1p(tail)
+    log-normalizer  L = max + log1p(tail)
+    softmax         o_j = e^{z_j - max} / S
+
+`(max, tail)` is a commutative monoid (`merge`), so rows may be read whole, in chunks of their classes,
+or on many devices.
+
+Accuracy
+--------
+`L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is the state that training
+strives for. Nothing here cancels:
+
+* `tail` is a sum of positive terms. The one that belongs to the maximum is left out rather than added
+  and subtracted again, so a confident row, whose tail is 1e-20, keeps all digits of it.
+* With an integer label at distance `gap = z_y - max <= 0`, the loss is `log1p(tail) - gap`: two terms
+  that are not negative.
+* The label's gradient `o_y - 1 = -(S - e^gap) / S` takes the sum over the other classes as
+  `tail - expm1(gap)`, which again adds two terms that are not negative.
+
+Let u be the unit roundoff, 2^-24 in float32. Rounding a distance `z_j - max` moves its exponential by
+up to `|z_j - max| u`, relatively, far more than the exponential's own error of about 2u when the
+distance is long. In the tail that is avoided: the rounding error of the distance is computed and put back
+(`_exp_difference`), or distances are taken from the largest of the other logits. So the loss is within
+16u, 1e-6 in float32, with sums that are pairwise or in blocks; of a distribution that is not one-hot,
+relative to `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. An element of the gradient carries the
+rounding of its own distance and some six roundings more: within `(6 + |z_j - max|) 2^-22` in float32.
+Rounding a cotangent to 16 bits comes on top of that, once. `L` is within 2^-22 of `max(1, |L|)`.
+
+References: the derivative is that of Bridle (1990), "Probabilistic interpretation of feedforward
+classification network outputs"; `merge` is the online normalizer of Milakov and Gimelshein (2018),
+arXiv:1805.02867, with the maximum's own term left out.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# On CPU, long rows are read in blocks of classes (`_statistics_in_blocks`). Widths from 128 to 8000 ran
+# equally fast, narrower ones a little slower; what is written is one number a block and then one block,
+# so both are kept small.
+_BLOCK_WIDTHS = range(16, 513)
+_LONG_ROW = 256
+_SHORT_ROW = 40
+
+
+class Statistics(NamedTuple):
+    """The sum of exponentials of each row: `(1 + tail) * exp(max)`."""
+
+    max: Array  # [N...], the largest logit
+    tail: Array  # [N...], sum of exp(logit - max) over all classes, less one
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "where", "softcap"],
+    meta_fields=["axes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Logits as the caller holds them, and how to read them: classes last, in float32 or wider.
+
+    Residuals hold this, not what `read` returns, so nothing of that size outlives a pass.
+    """
+
+    logits: Array  # any floating type, classes on `axes`
+    where: Array | None  # bool, broadcasts to `logits` with the same rank
+    softcap: Array | None  # scalar
+    axes: tuple[int, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return math.prod(self.logits.shape[axis] for axis in self.axes)
+
+    def read(self) -> Array:
+        """The logits, [N..., V]; -inf where a class is masked, unless all of the row is."""
+        where = self._where()
+        if where is not None:
+            where |= ~jnp.any(where, axis=-1, keepdims=True)
+        return self.effective(_read_anew(classes_last(self.logits, self.axes)), where)
+
+    def read_at(self, labels: Array) -> Array:
+        """The logit of one class in each row, [N...]; NaN where the label is negative."""
+        index = jnp.maximum(labels, 0)[..., None]
+        where = self._where()
+        if where is not None:
+            where = jnp.take_along_axis(where, index, axis=-1)
+        logits = jnp.take_along_axis(classes_last(self.logits, self.axes), index, axis=-1)
+        return jnp.where(labels < 0, jnp.nan, self.effective(logits, where)[..., 0])
+
+    def _where(self) -> Array | None:
+        if self.where is None:
+            return None
+        return classes_last(jnp.broadcast_to(self.where, self.logits.shape), self.axes)
+
+    def effective(self, logits: Array, where: Array | None = None) -> Array:
+        """Logits of some classes, classes last: widened, capped and masked."""
+        logits = logits.astype(compute_dtype(logits))
+        if where is not None:
+            # What a masked class holds must not reach the derivative of what follows.
+            logits = jnp.where(where, logits, 0)
+        if self.softcap is not None:
+            logits = _soft_cap(logits, self.softcap.astype(logits.dtype))
+        if where is not None:
+            logits = jnp.where(where, logits, -jnp.inf)
+        return logits
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["labels", "where", "smoothing", "class_weights"],
+    meta_fields=["axes", "num_classes", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Labels as the caller holds them, and how to read them as distributions, with classes last.
+
+    The labels have the shape of the logits, with the classes on `axes`; or they are integers, [N...],
+    with -1 for a bad one, and `axes` is None.
+    """
+
+    labels: Array
+    where: Array | None  # bool, [N... or 1..., V]
+    smoothing: Array | None  # scalar
+    class_weights: Array | None  # [V]
+    axes: tuple[int, ...] | None
+    num_classes: int
+    dtype: jnp.dtype
+
+    def read(self) -> Array:
+        """`w_c ((1 - e) y_c + e / V)`, [N..., V]. A distribution has no mass on a masked class."""
+        if self.axes is None:
+            targets = one_hot(self.labels, self.num_classes).astype(self.dtype)
+            targets = jnp.where(self.labels[..., None] < 0, jnp.nan, targets)
+        else:
+            targets = _read_anew(classes_last(self.labels, self.axes)).astype(self.dtype)
+            if self.where is not None:
+                targets = jnp.where(self.where, targets, 0)
+        if self.smoothing is not None:
+            targets = (1 - self.smoothing) * targets + self.smoothing * self._uniform(targets.ndim)
+        if self.class_weights is not None:
+            targets = _weigh(targets, along_classes(self.class_weights, targets.ndim))
+        return targets
+
+    def _uniform(self, ndim: int) -> Array:
+        if self.where is None:
+            return jnp.full((1,) * ndim, 1 / self.num_classes, self.dtype)
+        kept = self.where.astype(self.dtype)
+        return kept / jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1)
+
+
+def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
+    """Move the class axes to the end and make them one."""
+    if axes == (x.ndim - 1,):
+        return x
+    batch = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    return x.transpose(batch + axes).reshape(*(x.shape[axis] for axis in batch), -1)
+
+
+def compute_dtype(x: Array) -> jnp.dtype:
+    """float32, or float64 for float64: 16-bit types are only for storage."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def along_classes(x: Array, ndim: int) -> Array:
+    """A vector [V] as an array of rank `ndim`, with the classes last."""
+    return x.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def one_hot(labels: Array, num_classes: int) -> Array:
+    """Bools, [N..., V]."""
+    classes = jnp.arange(num_classes, dtype=labels.dtype)
+    return labels[..., None] == along_classes(classes, labels.ndim + 1)
+
+
+# -- statistics ---------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def statistics(rows: Rows) -> Statistics:
+    """The largest logit and the tail of every row, [N...] each."""
+    if rows.num_classes < _LONG_ROW or rows.where is not None:
+        return _statistics_at_once(rows)
+    return lax.platform_dependent(rows, cpu=_statistics_in_blocks, default=_statistics_at_once)
+
+
+@statistics.defjvp
+def _statistics_jvp(primals, tangents):
+    # All that is made of the statistics would be the same for any other constant in place of `max`, so
+    # `max` is held constant, and the tail moves with every logit, the largest included.
+    (rows,), (rows_dot,) = primals, tangents
+    stats = statistics(rows)
+    z, z_dot = jax.jvp(Rows.read, (rows,), (rows_dot,))
+    tail_dot = jnp.sum(jnp.exp(z - stats.max[..., None]) * z_dot, axis=-1)
+    return stats, Statistics(jnp.zeros_like(stats.max), tail_dot)
+
+
+def _statistics_at_once(rows: Rows) -> Statistics:
+    z = rows.read()
+    highest = jnp.max(z, axis=-1)
+    return Statistics(highest, _tail(z, highest))
+
+
+def _tail(z: Array, highest: Array) -> Array:
+    """Sum of exponentials below the maximum, and one for each tie beyond the first."""
+    distance = z - highest[..., None]
+    below = jnp.where(distance == 0, 0, _exp_difference(z, highest[..., None]))
+    ties = (distance == 0).astype(z.dtype)
+    if z.shape[-1] <= _SHORT_ROW:
+        # In one pass that writes neither array; it is slow for more, and adds one after the other.
+        zero = jnp.zeros((), z.dtype)
+        below, ties = lax.reduce(
+            (below, ties), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (z.ndim - 1,)
+        )
+    else:
+        below, ties = jnp.sum(below, axis=-1), jnp.sum(ties, axis=-1)
+    return below + (ties - 1)
+
+
+def _exp_difference(a: Array, b: Array) -> Array:
+    """`exp(a - b)`, without the error of rounding `a - b`, which grows with the difference."""
+    difference = a - b
+    finite = jnp.isfinite(difference)
+    a, b, rounded = (jnp.where(finite, x, 0) for x in (a, b, difference))
+    shift = rounded - a
+    error = (a - (rounded - shift)) - (b + shift)  # exact: Knuth's two-sum
+    return jnp.exp(difference) * (1 + error)
+
+
+def _statistics_in_blocks(rows: Rows) -> Statistics:
+    """The same for long rows on CPU. XLA's compiler for it fuses a sum of exponentials with its reading
+    only if nothing but arithmetic lies between (with a `select` or a comparison it writes an N x V
+    array), and runs it at full rate only if the summed axis is short. So the row is cut into blocks that
+    are summed whole, all but the one that holds the maximum, which is taken as a row of its own. The
+    sums are relative to the maximum of the other blocks: short distances round little."""
+
+    def part(logits: Array) -> Statistics:
+        return _statistics_in_blocks(Rows(logits, None, rows.softcap, (logits.ndim - 1,)))
+
+    num_classes = rows.num_classes
+    if num_classes <= _SHORT_ROW:
+        return _statistics_at_once(rows)
+    best = min(max(num_classes // 128, 32), 240)
+    divisors = [w for w in _BLOCK_WIDTHS if num_classes % w == 0 and w < num_classes]
+    width = min(divisors, key=lambda w: abs(w - best), default=best)
+    logits = classes_last(rows.logits, rows.axes)
+    whole = num_classes - num_classes % width
+    if whole < num_classes:
+        return merge(part(logits[..., :whole]), part(logits[..., whole:]))
+
+    blocks = logits.reshape(*logits.shape[:-1], -1, width)
+    # Before widening, which would have a second reader; a soft-cap keeps the order.
+    highest_in_block = rows.effective(jnp.max(blocks, axis=-1))
+    home = jnp.argmax(highest_in_block, axis=-1)
+    elsewhere = ~one_hot(home, highest_in_block.shape[-1])
+    highest = jnp.max(highest_in_block, axis=-1)
+    second = jnp.max(jnp.where(elsewhere, highest_in_block, -jnp.inf), axis=-1)
+    second = jnp.where(jnp.isneginf(second), highest, second)
+    # Each step bound to the last: the memory of one is free in the next, and the blocks are read anew.
+    blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))
+    tail = part(lax.optimization_barrier(_take_block(blocks, home))).tail
+    blocks, home, second, tail = lax.optimization_barrier((blocks, home, second, tail))
+    sums = jnp.sum(jnp.exp(rows.effective(blocks) - second[..., None, None]), axis=-1)
+    others = jnp.sum(jnp.where(one_hot(home, sums.shape[-1]), 0, sums), axis=-1)
+    return Statistics(highest, tail + others * _exp_difference(second, highest))
+
+
+def _take_block(blocks: Array, index: Array) -> Array:
+    """One block of each row, [N..., width], moved as bits: XLA's CPU compiler would first widen all of
+    a 16-bit operand of a gather."""
+    dtype = blocks.dtype
+    if dtype.itemsize == 2:
+        blocks = lax.bitcast_convert_type(blocks, jnp.uint16)
+    block = jnp.take_along_axis(blocks, index[..., None, None], -2, mode="promise_in_bounds")
+    block = block[..., 0, :]
+    return lax.bitcast_convert_type(block, dtype) if dtype.itemsize == 2 else block
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """The statistics of the union of two sets of classes. `(-inf, -1)` is the empty set."""
+    highest = jnp.maximum(a.max, b.max)
+    lower = jnp.minimum(a.max, b.max)
+    a_leads = a.max >= b.max
+    leader, follower = jnp.where(a_leads, a.tail, b.tail), jnp.where(a_leads, b.tail, a.tail)
+    # Two empty sets: -inf less -inf would be NaN.
+    scale = jnp.where(jnp.isneginf(lower), 0, _exp_difference(lower, highest))
+    return Statistics(highest, leader + (1 + follower) * scale)
+
+
+def log_normalizer(stats: Statistics) -> Array:
+    """`log sum_j e^{z_j}`, [N...]."""
+    return stats.max + jnp.log1p(stats.tail)
+
+
+# -- integer labels -----------------------------------------------------------------------------------
+
+
+def label_loss(gap: Array, stats: Statistics) -> Array:
+    """`-log o_y` from the label's distance to the largest logit, `gap = z_y - max`. All [N...]."""
+    return jnp.log1p(stats.tail) - gap
+
+
+def label_cotangent(
+    rows: Rows, labels: Array, gap: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
+) -> Array:
+    """`g_loss (o - y) + g_log_normalizer o` for one-hot y, [N..., V]."""
+    others = stats.tail - jnp.expm1(gap)
+    normalizer = others + jnp.exp(gap)  # and NaN for all of the row if the label is bad
+    at_label = (g_log_normalizer * jnp.exp(gap) - g_loss * others) / normalizer
+    elsewhere = (g_loss + g_log_normalizer) / normalizer
+    exponentials = jnp.exp(rows.read() - stats.max[..., None])
+    hot = one_hot(labels, rows.num_classes)
+    return jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
+
+
+# -- distributions as labels --------------------------------------------------------------------------
+
+
+def target_loss(rows: Rows, targets: Targets, stats: Statistics) -> tuple[Array, Array]:
+    """`-sum_j y_j log o_j`, and the sum of the targets. [N...] each."""
+    y = targets.read()
+    mass = jnp.sum(y, axis=-1)
+    return jnp.sum(y * _distances(rows, y, stats), axis=-1) + mass * jnp.log1p(stats.tail), mass
+
+
+def _distances(rows: Rows, y: Array, stats: Statistics) -> Array:
+    """`max - z_j`, or 0 for a class that is absent (-inf) and has no mass: it adds nothing."""
+    z = rows.read()
+    return jnp.where((y == 0) & jnp.isneginf(z), 0, stats.max[..., None] - z)
+
+
+def target_cotangents(
+    rows: Rows,
+    targets: Targets,
+    mass: Array,
+    stats: Statistics,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[Array, Array]:
+    """`g_loss (o sum(y) - y) + g_log_normalizer o` and `g_loss (-log o)`, [N..., V] each."""
+    y = targets.read()
+    mass, normalizer, tail, g_loss, g_log_normalizer = (
+        x[..., None] for x in (mass, 1 + stats.tail, stats.tail, g_loss, g_log_normalizer)
+    )
+    distance = rows.read() - stats.max[..., None]
+    exponentials = jnp.exp(distance)
+    # At the maximum o_j sum(y) - y_j = ((sum(y) - y_j) - y_j tail) / S. The expm1 is 0 there and makes
+    # the expression right in a neighbourhood too, for second derivatives.
+    at_max = ((mass - y) + mass * jnp.expm1(distance) - y * tail) / normalizer
+    below = mass * exponentials / normalizer - y
+    logits_cotangent = (
+        g_loss * jnp.where(distance == 0, at_max, below)
+        + g_log_normalizer * exponentials / normalizer
+    )
+    unused = g_loss == 0 if targets.where is None else (g_loss == 0) | ~targets.where
+    targets_cotangent = jnp.where(unused, 0, g_loss * (jnp.log1p(tail) - distance))
+    return logits_cotangent, targets_cotangent
+
+
+# -- helpers ------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def _read_anew(x: Array) -> Array:
+    """`x`, hidden from XLA's common-subexpression elimination on CPU: of a 16-bit array that is widened
+    for two readers it would write the float32 copy, at twice the size of the logits and more time than
+    the loss takes."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+@_read_anew.defjvp
+def _read_anew_jvp(primals, tangents):
+    return _read_anew(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def _soft_cap(x: Array, cap: Array) -> Array:
+    """`cap * tanh(x / cap)`, with a derivative that does not cancel (`1 - tanh^2` does)."""
+    return cap * jnp.tanh(x / cap)
+
+
+@_soft_cap.defjvp
+def _soft_cap_jvp(primals, tangents):
+    (x, cap), (x_dot, cap_dot) = primals, tangents
+    ratio = x / cap
+    decay = jnp.exp(-2 * jnp.abs(ratio))
+    slope = 4 * decay / (1 + decay) ** 2  # sech^2
+    # A logit of NaN makes its row's cotangent NaN already; a row that does not count must stay at 0.
+    known = ~jnp.isnan(ratio)
+    by_x = jnp.where(known, slope, 0)
+    by_cap = jnp.where(known, jnp.tanh(ratio) - jnp.where(slope == 0, 0, ratio * slope), 0)
+    return _soft_cap(x, cap), x_dot * by_x + cap_dot * by_cap
+
+
+@jax.custom_jvp
+def _weigh(targets: Array, class_weights: Array) -> Array:
+    """The product, with a derivative in which a factor of 0 leaves out even an infinite cost."""
+    return targets * class_weights
+
+
+@_weigh.defjvp
+def _weigh_jvp(primals, tangents):
+    (y, w), (y_dot, w_dot) = primals, tangents
+    return _weigh(y, w), jnp.where(w == 0, 0, y_dot * w) + jnp.where(y == 0, 0, y * w_dot)

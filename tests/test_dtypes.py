@@ -1,0 +1,181 @@
+"""Types in and out: what is computed in which type, and what comes back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import BOTH, DENSE, INTEGER, one_hot, rng
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+LOGITS = rng(30).normal(size=(4, 6))
+LABELS = np.array([1, 0, 5, 3])
+
+
+def names(tree):
+    return jax.tree.map(lambda x: x.dtype.name, tree)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("forward_mode", [False, True], ids=["reverse", "forward"])
+@pytest.mark.parametrize("logits_type", FLOATS)
+@pytest.mark.parametrize("labels_type", ["int32", *FLOATS])
+def test_losses_are_float32_and_cotangents_have_the_type_of_their_input(
+    logits_type, labels_type, forward_mode, wide
+):
+    if not wide and "float64" in (logits_type, labels_type):
+        pytest.skip("there is no float64")
+    with jax.enable_x64(wide):
+        kind = "integer" if labels_type == "int32" else "dense"
+        labels = LABELS if kind == "integer" else one_hot(LABELS, 6)
+        arguments = {
+            "logits": jnp.asarray(LOGITS, logits_type),
+            "labels": jnp.asarray(labels, labels_type),
+            "weights": jnp.ones(4, jnp.float16),
+            "class_weights": jnp.ones(6, jnp.bfloat16),
+            "z_loss": jnp.asarray(0.5, jnp.bfloat16),
+            "softcap": jnp.asarray(3.0, jnp.float32),
+        }
+        floats = {k: v for k, v in arguments.items() if k != "labels" or kind == "dense"}
+        rest = {k: v for k, v in arguments.items() if k not in floats}
+
+        def loss(floats):
+            losses = BOTH[kind](**floats, **rest, forward_mode=forward_mode)
+            return losses.sum(), losses
+
+        # Types alone: nothing is run.
+        gradient, losses = jax.eval_shape(jax.grad(loss, has_aux=True), floats)
+        assert losses.dtype == ("float64" if logits_type == "float64" else "float32")
+        assert not losses.weak_type
+        assert names(gradient) == names(floats)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_options_do_not_widen_the_loss(kind, x64):
+    labels = LABELS if kind == "integer" else one_hot(LABELS, 6, np.float64)
+    loss = BOTH[kind](
+        LOGITS.astype(np.float32),
+        labels,
+        weights=np.ones(4),
+        class_weights=np.ones(6),
+        z_loss=np.float64(0.1),
+        label_smoothing=np.float64(0.1),
+        softcap=np.float64(3),
+        reduction="mean",
+    )
+    assert loss.dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_float64_logits_are_computed_in_float64(kind, x64):
+    logits = np.array([40.0, 0.0])
+    labels = np.int32(0) if kind == "integer" else np.array([1.0, 0.0])
+    np.testing.assert_allclose(BOTH[kind](logits, labels), np.exp(-40.0), rtol=1e-15)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_python_lists_and_numpy_arrays_are_arrays(kind):
+    labels = LABELS if kind == "integer" else one_hot(LABELS, 6)
+    want = BOTH[kind](jnp.asarray(LOGITS, jnp.float32), jnp.asarray(labels))
+    for logits in (LOGITS, LOGITS.tolist(), jnp.asarray(LOGITS)):
+        for given in (labels, labels.tolist()):
+            got = BOTH[kind](logits, given)
+            np.testing.assert_array_equal(got, want)
+            assert (got.dtype, got.weak_type) == (jnp.float32, False)
+
+
+def test_weakly_typed_logits_give_a_loss_of_a_definite_type():
+    logits = jnp.stack([jnp.asarray(1.0), jnp.asarray(2.0)])
+    weak = jax.lax.full_like(logits, 3.0) if logits.weak_type else jax.numpy.array([1.0, 2.0]) * 1
+    assert INTEGER(weak, 0).weak_type is False
+    scalar = jax.jit(lambda e: INTEGER(logits, 0, label_smoothing=e))(0.1)
+    assert (scalar.dtype, scalar.weak_type) == (jnp.float32, False)
+
+
+@pytest.mark.parametrize("labels_type", ["bool", "int8", "int32", "uint8"])
+def test_one_hot_labels_of_any_type_are_distributions(labels_type):
+    logits = jnp.asarray(LOGITS, jnp.float32)
+    want = DENSE(logits, one_hot(LABELS, 6))
+    np.testing.assert_array_equal(DENSE(logits, one_hot(LABELS, 6, labels_type)), want)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("weights_type", ["bool", "int8", "int32", "uint8"])
+def test_weights_of_any_type_are_weights(kind, weights_type):
+    logits = jnp.asarray(LOGITS, jnp.float32)
+    labels = LABELS.astype(np.int32) if kind == "integer" else one_hot(LABELS, 6)
+    weights, classes = np.array([1, 0, 1, 1]), np.array([1, 0, 1, 1, 1, 1])
+    for reduction in ("none", "mean"):
+        fn = functools.partial(BOTH[kind], logits, labels, reduction=reduction)
+        got = fn(weights=weights.astype(weights_type), class_weights=classes.astype(weights_type))
+        want = fn(weights=weights.astype(np.float32), class_weights=classes.astype(np.float32))
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("weights_type", [jnp.bfloat16, jnp.float16, jnp.bool_, jnp.uint8])
+def test_a_mean_counts_in_float32(weights_type):
+    n = 70000  # beyond float16, bfloat16's 256 and uint8
+    logits = jnp.zeros((n, 2), jnp.bfloat16)
+    mean = INTEGER(
+        logits, np.zeros(n, np.int32), weights=jnp.ones(n, weights_type), reduction="mean"
+    )
+    np.testing.assert_allclose(mean, np.log(2), rtol=1e-6)
+
+
+# -- labels of every integer type, compared without wrapping -------------------------------------
+
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+@pytest.mark.parametrize("labels_type", INTEGERS)
+@pytest.mark.parametrize("num_classes", [6, 127, 128, 255, 256, 1000])
+def test_labels_of_any_integer_type_name_their_class(labels_type, num_classes, x64):
+    logits = rng(31).normal(size=(3, num_classes)).astype(np.float32)
+    highest = min(num_classes - 1, np.iinfo(labels_type).max)
+    labels = np.array([0, highest, highest // 2], labels_type)
+    for smoothing in (0.0, 0.1):
+        got = INTEGER(logits, labels, label_smoothing=smoothing)
+        want = INTEGER(logits, labels.astype(np.int32), label_smoothing=smoothing)
+        np.testing.assert_array_equal(got, want)
+        assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**31) - 1, -(2**32), -(2**63)], np.int64),
+        np.array([2**31, 2**32, 2**32 + 1, 2**63, 2**64 - 1], np.uint64),
+        np.array([2**31, 2**32 - 1], np.uint32),
+        np.array([-1, -128, 127, 6], np.int8),
+        np.array([255, 6], np.uint8),
+    ],
+    ids=lambda labels: labels.dtype.name,
+)
+def test_labels_beyond_the_classes_never_wrap_into_them(labels, x64):
+    logits = rng(32).normal(size=(len(labels), 6)).astype(np.float32)
+    losses, pull = jax.vjp(lambda z: INTEGER(z, labels), logits)
+    np.testing.assert_array_equal(losses, np.nan)
+    np.testing.assert_array_equal(pull(jnp.ones_like(losses))[0], np.nan)
+
+
+@pytest.mark.parametrize(
+    ("labels_type", "ignore_index"),
+    [("uint8", -100), ("int8", 255), ("uint8", 256), ("int8", -129), ("int32", 2**40)],
+)
+def test_an_ignore_index_that_labels_cannot_hold_ignores_nothing(labels_type, ignore_index):
+    # Wrapped, these would be 156, -1, 0, 127 and 0.
+    labels = np.array([0, 1, 5, 3], labels_type)
+    got = INTEGER(LOGITS, labels, ignore_index=ignore_index)
+    np.testing.assert_array_equal(got, INTEGER(LOGITS, labels))
+    if labels_type == "int8":
+        np.testing.assert_array_equal(
+            np.isnan(INTEGER(LOGITS, np.array([-1, 127, 1, 2], "int8"), ignore_index=ignore_index)),
+            [True, True, False, False],
+        )
+
+
+@pytest.mark.parametrize("ignore_index", [3, np.int64(3), np.uint8(3)])
+def test_ignore_index_may_be_a_class_and_any_integer(ignore_index):
+    losses = INTEGER(LOGITS, LABELS, ignore_index=ignore_index)
+    np.testing.assert_array_equal(np.asarray(losses) == 0, LABELS == 3)

@@ -1,0 +1,125 @@
+"""What cannot be right raises, and says which argument, what was expected and what came."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import BOTH, one_hot
+
+N, V = 4, 6
+LOGITS = np.zeros((N, V), np.float32)
+IDS = np.zeros(N, np.int32)
+FLOATS = one_hot(IDS, V)
+
+# Keyword arguments that replace the good ones; the error; what its message says.
+IN_BOTH = {
+    "integer logits": ({"logits": IDS}, TypeError, "logits.*floating.*int32"),
+    "bool logits": ({"logits": LOGITS > 0}, TypeError, "logits.*floating.*bool"),
+    "complex logits": ({"logits": LOGITS + 1j}, TypeError, "logits.*floating.*complex64"),
+    "logits of None": ({"logits": None}, TypeError, "logits.*array.*None"),
+    "labels of None": ({"labels": None}, TypeError, "labels.*array.*None"),
+    "logits of str": ({"logits": "abc"}, TypeError, "logits.*array.*abc"),
+    "scalar logits": ({"logits": 1.0, "labels": 0}, ValueError, r"axis.*rank 0"),
+    "axis too large": ({"axis": 2}, ValueError, r"axis.*\[-2, 2\).*2"),
+    "axis too small": ({"axis": -3}, ValueError, r"axis.*\[-2, 2\).*-3"),
+    "axis twice": ({"axis": (1, -1)}, ValueError, r"axis.*once.*\(1, -1\)"),
+    "axis empty": ({"axis": ()}, ValueError, r"axis.*at least one.*\(\)"),
+    "axis a float": ({"axis": 1.0}, TypeError, "axis.*int.*1.0"),
+    "axis a str": ({"axis": "classes"}, TypeError, "axis.*int.*classes"),
+    "where of floats": ({"where": LOGITS}, TypeError, "where.*bool.*float32"),
+    "where of ints": ({"where": IDS}, TypeError, "where.*bool.*int32"),
+    "where of another shape": (
+        {"where": np.ones(3, bool)},
+        ValueError,
+        r"where.*\(4,\).*\(4, 6\).*\(3,\)",
+    ),
+    "where of too high rank": (
+        {"where": np.ones((2, N, V), bool)},
+        ValueError,
+        r"where.*\(4, 6\).*\(2, 4, 6\)",
+    ),
+    "weights of another shape": (
+        {"weights": np.ones(V)},
+        ValueError,
+        r"weights.*\(4,\).*\(6,\)",
+    ),
+    "weights to broadcast": ({"weights": 1.0}, ValueError, r"weights.*\(4,\).*\(\)"),
+    "complex weights": ({"weights": np.ones(N) * 1j}, TypeError, "weights.*real.*complex"),
+    "class_weights of another shape": (
+        {"class_weights": np.ones(N)},
+        ValueError,
+        r"class_weights.*\(6,\).*\(4,\)",
+    ),
+    "label_smoothing below 0": ({"label_smoothing": -0.1}, ValueError, "label_smoothing.*0.*-0.1"),
+    "label_smoothing above 1": ({"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.*1.5"),
+    "label_smoothing an array": (
+        {"label_smoothing": np.zeros(N)},
+        ValueError,
+        r"label_smoothing.*\(\).*\(4,\)",
+    ),
+    "label_smoothing NaN": ({"label_smoothing": np.nan}, ValueError, "label_smoothing.*nan"),
+    "label_smoothing None": ({"label_smoothing": None}, TypeError, "label_smoothing.*None"),
+    "z_loss an array": ({"z_loss": np.zeros(2)}, ValueError, r"z_loss.*\(\).*\(2,\)"),
+    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap.*0.*0.0"),
+    "softcap below 0": ({"softcap": -30.0}, ValueError, "softcap.*0.*-30"),
+    "softcap NaN": ({"softcap": np.nan}, ValueError, "softcap.*nan"),
+    "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction.*none.*sum.*mean.*avg"),
+    "reduction None": ({"reduction": None}, ValueError, "reduction.*none.*sum.*mean.*None"),
+}
+INTEGER_ONLY = {
+    "float labels": ({"labels": IDS.astype(np.float32)}, TypeError, "labels.*integer.*float32"),
+    "bool labels": ({"labels": IDS > 0}, TypeError, "labels.*integer.*bool"),
+    "one-hot labels": ({"labels": FLOATS.astype(int)}, ValueError, r"labels.*\(4,\).*\(4, 6\)"),
+    "labels to broadcast": ({"labels": 0}, ValueError, r"labels.*\(4,\).*\(\)"),
+    "ignore_index a float": ({"ignore_index": 1.0}, TypeError, "ignore_index.*integer.*1.0"),
+    "ignore_index an array": ({"ignore_index": IDS}, TypeError, "ignore_index.*integer"),
+}
+DENSE_ONLY = {
+    "class ids": ({"labels": IDS}, ValueError, r"labels.*\(4, 6\).*\(4,\)"),
+    "labels to broadcast": ({"labels": FLOATS[:1]}, ValueError, r"labels.*\(4, 6\).*\(1, 6\)"),
+    "complex labels": ({"labels": FLOATS * 1j}, TypeError, "labels.*real.*complex"),
+}
+CASES = [
+    pytest.param(kind, *case, id=f"{kind}-{name}")
+    for kind, more in (("integer", INTEGER_ONLY), ("dense", DENSE_ONLY))
+    for name, case in (IN_BOTH | more).items()
+]
+
+
+def good(kind):
+    return {"logits": LOGITS, "labels": IDS if kind == "integer" else FLOATS}
+
+
+@pytest.mark.parametrize(("kind", "wrong", "error", "message"), CASES)
+def test_a_bad_argument_is_named(kind, wrong, error, message):
+    with pytest.raises(error, match=message):
+        BOTH[kind](**{**good(kind), **wrong})
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_options_are_passed_by_name(kind):
+    with pytest.raises(TypeError, match="positional"):
+        BOTH[kind](*good(kind).values(), -1, None, 0.1)
+
+
+def test_distributions_have_no_ignore_index():
+    with pytest.raises(TypeError, match="ignore_index"):
+        BOTH["dense"](LOGITS, FLOATS, ignore_index=0)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_errors_are_raised_when_tracing_too(kind):
+    arguments = good(kind)
+    with pytest.raises(ValueError, match="weights"):
+        jax.jit(lambda w: BOTH[kind](**arguments, weights=w))(jnp.ones(V))
+    with pytest.raises(ValueError, match="softcap"):
+        jax.jit(lambda z: BOTH[kind](z, arguments["labels"], softcap=0.0))(LOGITS)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_forward_mode_without_its_rule_is_an_error_and_not_a_wrong_number(kind):
+    def loss(logits):
+        return BOTH[kind](logits, good(kind)["labels"])
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (jnp.asarray(LOGITS),), (jnp.asarray(LOGITS),))

@@ -1,0 +1,27 @@
+"""Weights and reductions: arithmetic on losses, in which what does not count cannot be heard."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_sce._reduction import reduce_losses
+
+
+def test_sum_and_mean():
+    losses, weights = jnp.array([1.0, 2.0, 6.0]), jnp.array([1.0, 1.0, 2.0])
+    np.testing.assert_array_equal(reduce_losses(losses, weights, "none"), losses)
+    assert reduce_losses(losses, weights, "sum") == 9.0
+    assert reduce_losses(losses, weights, "mean") == 2.25
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], []], ids=str)
+def test_a_mean_over_no_weight_is_zero_and_so_are_its_derivatives(weights):
+    weights = jnp.asarray(weights, jnp.float32)
+    losses = jnp.ones(weights.shape)
+    value, gradients = jax.value_and_grad(reduce_losses, (0, 1))(losses, weights, "mean")
+    assert value == 0.0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, jnp.zeros(weights.shape))
+    with jax.debug_nans(True), jax.debug_infs(True):
+        jax.grad(reduce_losses)(losses, weights, "mean")

@@ -1,0 +1,268 @@
+"""Every JAX transformation gives what it gives of the naive formula."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, rng
+
+from jax_sce import _cross_entropy
+from jax_sce._rows import Rows, Targets
+
+N, V = 8, 6
+LOGITS = rng(40).normal(size=(N, V))
+LABELS = rng(41).integers(0, V, N, dtype=np.int32)
+TARGETS = rng(42).random((N, V))  # sums are not one
+
+
+def labels_for(kind):
+    return jnp.asarray(LABELS) if kind == "integer" else jnp.asarray(TARGETS)
+
+
+def naive(kind, logits, labels):
+    y = jax.nn.one_hot(labels, V, dtype=logits.dtype) if kind == "integer" else labels
+    return jnp.sum(y * (jax.nn.logsumexp(logits, axis=-1, keepdims=True) - logits), axis=-1)
+
+
+@pytest.fixture(params=BOTH)
+def kind(request, x64):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["reverse", "forward"])
+def loss(request, kind):
+    return functools.partial(BOTH[kind], forward_mode=request.param)
+
+
+def assert_close(got, want, rtol=TOLERANCE["float64"]):
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=TOLERANCE["float64"])
+
+
+def gradient(fn, logits, labels):
+    losses, pull = jax.vjp(lambda z: fn(z, labels), logits)
+    return pull(jnp.asarray(cotangents(losses.shape), losses.dtype))[0]
+
+
+# -- vectorized and compiled ---------------------------------------------------------------------
+
+
+def test_vmap_over_rows(kind, loss):
+    labels = labels_for(kind)
+    want = naive(kind, LOGITS, labels)
+    assert_close(jax.vmap(loss)(LOGITS, labels), want)
+    assert_close(jax.jit(jax.vmap(loss, in_axes=(1, -1)))(LOGITS.T, labels.T), want)
+
+
+def test_vmap_of_grad_and_grad_of_vmap(kind, loss):
+    labels = labels_for(kind)
+    want = gradient(functools.partial(naive, kind), LOGITS, labels)
+    by_row = jax.vmap(jax.grad(loss))(LOGITS, labels)
+    assert_close(by_row * cotangents(N)[:, None], want)
+    assert_close(gradient(jax.vmap(loss), LOGITS, labels), want)
+
+
+def test_an_axis_of_models_shares_the_labels(kind, loss):
+    models = jnp.asarray(rng(43).normal(size=(3, N, V)))
+    labels = labels_for(kind)
+    mean = functools.partial(loss, reduction="mean")
+    values, gradients = jax.vmap(jax.value_and_grad(mean), in_axes=(0, None))(models, labels)
+    for model, value, got in zip(models, values, gradients, strict=True):
+        want_value, want = jax.value_and_grad(lambda z: naive(kind, z, labels).mean())(model)
+        assert_close(value, want_value)
+        assert_close(got, want)
+
+
+def test_vmap_over_options(kind, loss):
+    smoothing = jnp.array([0.0, 0.1, 0.5])
+    labels = labels_for(kind)
+    got = jax.vmap(lambda e: loss(LOGITS, labels, label_smoothing=e))(smoothing)
+    for e, losses in zip(smoothing, got, strict=True):
+        assert_close(losses, loss(LOGITS, labels, label_smoothing=float(e)))
+
+
+def test_checkpoint_and_scan(kind, loss):
+    labels = labels_for(kind)
+    want = jax.grad(lambda z: naive(kind, z, labels).sum())(LOGITS)
+    rows = jax.checkpoint(loss)
+
+    def total(logits):
+        chunks = logits.reshape(4, 2, V), labels.reshape(4, 2, *labels.shape[1:])
+        return jax.lax.scan(lambda sum, x: (sum + rows(*x).sum(), None), 0.0, chunks)[0]
+
+    assert_close(jax.jit(jax.grad(total))(LOGITS), want)
+
+
+def test_donated_logits(kind, loss):
+    labels = labels_for(kind)
+    fn = functools.partial(loss, reduction="mean")
+    want = jax.grad(fn)(LOGITS, labels)
+    donated = jnp.asarray(LOGITS)
+    assert_close(jax.jit(jax.grad(fn), donate_argnums=0)(donated, labels), want)
+
+
+def test_arguments_are_not_changed(kind, loss):
+    logits, labels = jnp.asarray(LOGITS), labels_for(kind)
+    gradient(loss, logits, labels)
+    np.testing.assert_array_equal(logits, LOGITS)
+    np.testing.assert_array_equal(labels, labels_for(kind))
+
+
+# -- second derivatives and forward mode ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1}])
+def test_hessians(kind, options):
+    """At a tie, a confident row, and any row, by all orders of the modes that the rules allow."""
+    rows = np.array([[1.0, 1.0, 0.0, -1.0, 0.5, 1.0], [30.0, 0, 1, 2, 0, 1], LOGITS[0]])
+    labels = labels_for(kind)[:3]
+
+    def f(z, forward_mode):
+        return jnp.vdot(cotangents(3), BOTH[kind](z, labels, forward_mode=forward_mode, **options))
+
+    def reference(z):
+        y = jax.nn.one_hot(labels, V) if kind == "integer" else labels
+        if options:
+            z = 2.0 * jnp.tanh(z / 2.0)
+            y = 0.9 * y + 0.1 / V
+        normalizer = jax.nn.logsumexp(z, axis=-1)
+        losses = jnp.sum(y * (normalizer[:, None] - z), -1)
+        return jnp.vdot(cotangents(3), losses + (0.1 if options else 0.0) * normalizer**2)
+
+    want = jax.jit(jax.hessian(reference))(rows)
+    for outer, inner, forward_mode in (
+        (jax.jacfwd, jax.jacrev, False),
+        (jax.jacrev, jax.jacrev, False),
+        (jax.jacfwd, jax.jacrev, True),
+        (jax.jacrev, jax.jacfwd, True),
+        (jax.jacfwd, jax.jacfwd, True),
+    ):
+        got = jax.jit(outer(inner(functools.partial(f, forward_mode=forward_mode))))(rows)
+        assert_close(got, want, rtol=1e-11)
+
+
+def test_forward_mode(kind):
+    labels = labels_for(kind)
+    loss = functools.partial(BOTH[kind], labels=labels, forward_mode=True)
+    direction = jnp.asarray(rng(44).normal(size=(N, V)))
+    reference = functools.partial(naive, kind, labels=labels)
+    want = jax.jvp(reference, (LOGITS,), (direction,))
+    assert_close(jax.jvp(loss, (LOGITS,), (direction,)), want)
+    assert_close(jax.linearize(loss, LOGITS)[1](direction), want[1])
+    assert_close(jax.jit(jax.jacfwd(loss))(LOGITS), jax.jit(jax.jacrev(reference))(LOGITS))
+    if kind == "dense":
+        tangent = jax.jvp(lambda y: BOTH[kind](LOGITS, y, forward_mode=True), (labels,), (labels,))
+        assert_close(tangent[1], tangent[0])  # linear in the labels
+
+
+# -- both outputs of the rules -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["_label_rule", "_label_rule_forward", "_target_rule", "_target_rule_forward"]
+)
+@pytest.mark.parametrize("which", ["loss", "log_normalizer", "both"])
+def test_the_rules_honour_a_cotangent_of_each_output(name, which, x64):
+    rule = getattr(_cross_entropy, name)
+    kind = "integer" if "label" in name else "dense"
+    labels = labels_for(kind)
+    g_loss = cotangents(N) * (which != "log_normalizer")
+    g_log_normalizer = cotangents(N)[::-1] * (which != "loss")
+    g = jnp.asarray(g_loss), jnp.asarray(g_log_normalizer)
+
+    def ours(logits, labels):
+        rows = Rows(logits, None, None, (1,))
+        if kind == "integer":
+            return rule(rows, labels, None)
+        targets = Targets(labels, None, None, None, (1,), V, jnp.dtype(jnp.float64))
+        return rule(rows, targets, None)
+
+    def reference(logits, labels):
+        return naive(kind, logits, labels), jax.nn.logsumexp(logits, axis=-1)
+
+    for argnum in (0, 1) if kind == "dense" else (0,):
+        at = (jnp.asarray(LOGITS), labels)
+
+        def pulled(fn, at=at, argnum=argnum):
+            def partial(x):
+                return fn(*(x if i == argnum else a for i, a in enumerate(at)))
+
+            return jax.vjp(partial, at[argnum])[1](g)[0]
+
+        assert_close(pulled(ours), pulled(reference))
+    assert_close(ours(LOGITS, labels), reference(LOGITS, labels))
+
+
+# -- other platforms and many devices ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("name", BOTH)
+def test_export_lowers_for_every_platform(name, platform):
+    logits = jax.ShapeDtypeStruct(
+        (4, 256), jnp.bfloat16
+    )  # long enough for the form of its own on CPU
+    labels = jax.ShapeDtypeStruct((4,) if name == "integer" else (4, 256), jnp.int32)
+    for forward_mode in (False, True):
+        fn = functools.partial(BOTH[name], forward_mode=forward_mode, reduction="mean", softcap=9.0)
+        exported = jax.export.export(jax.jit(jax.value_and_grad(fn)), platforms=[platform])(
+            logits, labels
+        )
+        assert exported.platforms == (platform,)
+
+
+def test_an_exported_loss_runs():
+    logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
+    exported = jax.export.export(jax.jit(BOTH["integer"]), platforms=["cpu", "cuda"])(
+        logits, labels
+    )
+    np.testing.assert_allclose(
+        exported.call(logits, labels), BOTH["integer"](logits, labels), rtol=TOLERANCE["loss"]
+    )
+
+
+def mesh(axis_type):
+    return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+
+@pytest.mark.parametrize("num_classes", [6, 256])
+@pytest.mark.parametrize("name", BOTH)
+def test_sharded_rows_stay_where_they_are(name, num_classes):
+    """Under plain jit with rows split over devices, only the mean crosses them."""
+    split = NamedSharding(mesh(AxisType.Auto), P("data"))
+    logits = rng(45).normal(size=(16, num_classes)).astype(np.float32)
+    ids = rng(46).integers(0, num_classes, 16, dtype=np.int32)
+    labels = ids if name == "integer" else one_hot(ids, num_classes)
+    fn = jax.jit(jax.value_and_grad(functools.partial(BOTH[name], reduction="mean")))
+    args = jax.device_put((logits, labels), split)
+    compiled = fn.lower(*args).compile()
+    text = compiled.as_text()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
+    value, got = compiled(*args)
+    assert got.sharding.is_equivalent_to(split, 2)
+    np.testing.assert_allclose(got, exact_gradient(logits, ids) / 16, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(value, np.mean(BOTH[name](logits, labels)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [6, 256])
+@pytest.mark.parametrize("name", BOTH)
+def test_shard_map_over_the_batch(name, num_classes):
+    logits = rng(47).normal(size=(16, num_classes)).astype(np.float32)
+    ids = rng(48).integers(0, num_classes, 16, dtype=np.int32)
+    labels = ids if name == "integer" else one_hot(ids, num_classes)
+    for forward_mode in (False, True):
+        split = jax.shard_map(
+            functools.partial(BOTH[name], forward_mode=forward_mode),
+            mesh=mesh(AxisType.Auto),
+            in_specs=P("data"),
+            out_specs=P("data"),
+        )
+        losses, pull = jax.vjp(jax.jit(lambda z, split=split: split(z, labels)), logits)
+        np.testing.assert_allclose(losses, BOTH[name](logits, labels), rtol=1e-6)
+        got = pull(jnp.asarray(cotangents(16), jnp.float32))[0]
+        want = exact_gradient(logits, ids) * cotangents(16)[:, None]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
