@@ -379,9 +379,8 @@ def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array,
 
 
 def _label_fwd(rows, labels, counts):
-    picked = rows.read_at(labels)
     stats = _rows.statistics(rows)
-    gap = picked - stats.max
+    gap = rows.distance_at(labels, stats.max)
     out = _rows.label_loss(gap, stats), _rows.log_normalizer(stats)
     return out, _LabelResiduals(rows, labels, counts, gap, stats)
 

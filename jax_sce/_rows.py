@@ -28,12 +28,14 @@ strives for. Nothing here cancels:
 
 Let u be the unit roundoff, 2^-24 in float32. Rounding a distance `z_j - max` moves its exponential by
 up to `|z_j - max| u`, relatively, far more than the exponential's own error of about 2u when the
-distance is long. In the tail that is avoided: the rounding error of the distance is computed and put back
-(`_exp_difference`), or distances are taken from the largest of the other logits. So the loss is within
-16u, 1e-6 in float32, with sums that are pairwise or in blocks; of a distribution that is not one-hot,
-relative to `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. An element of the gradient carries the
-rounding of its own distance and some six roundings more: within `(6 + |z_j - max|) 2^-22` in float32.
-Rounding a cotangent to 16 bits comes on top of that, once. `L` is within 2^-22 of `max(1, |L|)`.
+distance is long. In the tail that is avoided: the rounding error of the distance is computed and put
+back (`_exp_difference`), or distances are taken from the largest of the other logits. So the loss is
+within 16u, 1e-6 in float32, with sums that are pairwise or in blocks; of a distribution that is not
+one-hot, relative to `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. An element of the gradient
+carries the rounding of its own distance and some six roundings more: within `(6 + |z_j - max|) 2^-22` in
+float32. Rounding a cotangent to 16 bits comes on top of that, once. `L` is within 2^-22 of
+`max(1, |L|)`. Terms below the smallest normal number, 2^-126, may be lost altogether, and with a
+soft-cap the bounds hold for the capped logits as they are rounded.
 
 References: the derivative is that of Bridle (1990), "Probabilistic interpretation of feedforward
 classification network outputs"; `merge` is the online normalizer of Milakov and Gimelshein (2018),
@@ -43,6 +45,7 @@ arXiv:1805.02867, with the maximum's own term left out.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -100,6 +103,26 @@ class Rows:
             where = jnp.take_along_axis(where, index, axis=-1)
         logits = jnp.take_along_axis(classes_last(self.logits, self.axes), index, axis=-1)
         return jnp.where(labels < 0, jnp.nan, self.effective(logits, where)[..., 0])
+
+    def distances(self, highest: Array) -> Array:
+        """How far each logit lies below the largest, `z - max`, [N..., V]; 0 at the largest itself."""
+        return self._distance(Rows.read, highest[..., None])
+
+    def distance_at(self, labels: Array, highest: Array) -> Array:
+        """The same for one class in each row, [N...]; NaN where the label is negative."""
+        return self._distance(lambda rows: rows.read_at(labels), highest)
+
+    def _distance(self, read: Callable[["Rows"], Array], highest: Array) -> Array:
+        distance = read(self) - highest
+        if self.softcap is None:
+            return distance
+        # A compiler may round a soft-capped logit one way here and another way where the largest was
+        # found. The logits before the cap tell which one it was.
+        uncapped = dataclasses.replace(self, softcap=None)
+        top = jnp.max(uncapped.read(), axis=-1).reshape(highest.shape)
+        exact = jnp.where(read(uncapped) == top, 0, jnp.minimum(distance, 0))
+        # -inf needs no correction, and has none.
+        return distance + lax.stop_gradient(jnp.where(exact == distance, 0, exact - distance))
 
     def _where(self) -> Array | None:
         if self.where is None:
@@ -203,31 +226,18 @@ def _statistics_jvp(primals, tangents):
     # `max` is held constant, and the tail moves with every logit, the largest included.
     (rows,), (rows_dot,) = primals, tangents
     stats = statistics(rows)
-    z, z_dot = jax.jvp(Rows.read, (rows,), (rows_dot,))
-    tail_dot = jnp.sum(jnp.exp(z - stats.max[..., None]) * z_dot, axis=-1)
+    _, z_dot = jax.jvp(Rows.read, (rows,), (rows_dot,))
+    tail_dot = jnp.sum(jnp.exp(rows.distances(stats.max)) * z_dot, axis=-1)
     return stats, Statistics(jnp.zeros_like(stats.max), tail_dot)
 
 
 def _statistics_at_once(rows: Rows) -> Statistics:
     z = rows.read()
     highest = jnp.max(z, axis=-1)
-    return Statistics(highest, _tail(z, highest))
-
-
-def _tail(z: Array, highest: Array) -> Array:
-    """Sum of exponentials below the maximum, and one for each tie beyond the first."""
-    distance = z - highest[..., None]
-    below = jnp.where(distance == 0, 0, _exp_difference(z, highest[..., None]))
-    ties = (distance == 0).astype(z.dtype)
-    if z.shape[-1] <= _SHORT_ROW:
-        # In one pass that writes neither array; it is slow for more, and adds one after the other.
-        zero = jnp.zeros((), z.dtype)
-        below, ties = lax.reduce(
-            (below, ties), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (z.ndim - 1,)
-        )
-    else:
-        below, ties = jnp.sum(below, axis=-1), jnp.sum(ties, axis=-1)
-    return below + (ties - 1)
+    # One entry at the maximum is left out by its place: ties count, and nothing hangs on an equality.
+    is_first = one_hot(jnp.argmax(z, axis=-1), z.shape[-1])
+    others = jnp.where(is_first, 0, _exp_difference(z, highest[..., None]))
+    return Statistics(highest, jnp.sum(others, axis=-1) + (highest - highest))  # NaN if infinite
 
 
 def _exp_difference(a: Array, b: Array) -> Array:
@@ -321,7 +331,7 @@ def label_cotangent(
     normalizer = others + jnp.exp(gap)  # and NaN for all of the row if the label is bad
     at_label = (g_log_normalizer * jnp.exp(gap) - g_loss * others) / normalizer
     elsewhere = (g_loss + g_log_normalizer) / normalizer
-    exponentials = jnp.exp(rows.read() - stats.max[..., None])
+    exponentials = jnp.exp(rows.distances(stats.max))
     hot = one_hot(labels, rows.num_classes)
     return jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
 
@@ -333,13 +343,10 @@ def target_loss(rows: Rows, targets: Targets, stats: Statistics) -> tuple[Array,
     """`-sum_j y_j log o_j`, and the sum of the targets. [N...] each."""
     y = targets.read()
     mass = jnp.sum(y, axis=-1)
-    return jnp.sum(y * _distances(rows, y, stats), axis=-1) + mass * jnp.log1p(stats.tail), mass
-
-
-def _distances(rows: Rows, y: Array, stats: Statistics) -> Array:
-    """`max - z_j`, or 0 for a class that is absent (-inf) and has no mass: it adds nothing."""
-    z = rows.read()
-    return jnp.where((y == 0) & jnp.isneginf(z), 0, stats.max[..., None] - z)
+    distance = rows.distances(stats.max)
+    # A class that is absent (-inf) and has no mass adds nothing.
+    distance = jnp.where((y == 0) & jnp.isneginf(distance), 0, distance)
+    return mass * jnp.log1p(stats.tail) - jnp.sum(y * distance, axis=-1), mass
 
 
 def target_cotangents(
@@ -355,7 +362,7 @@ def target_cotangents(
     mass, normalizer, tail, g_loss, g_log_normalizer = (
         x[..., None] for x in (mass, 1 + stats.tail, stats.tail, g_loss, g_log_normalizer)
     )
-    distance = rows.read() - stats.max[..., None]
+    distance = rows.distances(stats.max)
     exponentials = jnp.exp(distance)
     # At the maximum o_j sum(y) - y_j = ((sum(y) - y_j) - y_j tail) / S. The expm1 is 0 there and makes
     # the expression right in a neighbourhood too, for second derivatives.
