@@ -269,7 +269,12 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
     logits = classes_last(rows.logits, rows.axes)
     whole = num_classes - num_classes % width
     if whole < num_classes:
-        return merge(part(logits[..., :whole]), part(logits[..., whole:]))
+        highest, tail = merge(
+            *(_or_empty(part(x)) for x in (logits[..., :whole], logits[..., whole:]))
+        )
+        return Statistics(
+            highest, tail + (highest - highest)
+        )  # NaN if infinite, as for a whole row
 
     blocks = logits.reshape(*logits.shape[:-1], -1, width)
     # Before widening, which would have a second reader; a soft-cap keeps the order.
@@ -308,6 +313,11 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     # Two empty sets: -inf less -inf would be NaN.
     scale = jnp.where(jnp.isneginf(lower), 0, _exp_difference(lower, highest))
     return Statistics(highest, leader + (1 + follower) * scale)
+
+
+def _or_empty(stats: Statistics) -> Statistics:
+    """As a part of a row, classes that are all absent (-inf) are none."""
+    return Statistics(stats.max, jnp.where(jnp.isneginf(stats.max), -1, stats.tail))
 
 
 def log_normalizer(stats: Statistics) -> Array:
