@@ -120,9 +120,9 @@ class Rows:
         # found. The logits before the cap tell which one it was.
         uncapped = dataclasses.replace(self, softcap=None)
         top = jnp.max(uncapped.read(), axis=-1).reshape(highest.shape)
-        exact = jnp.where(read(uncapped) == top, 0, jnp.minimum(distance, 0))
-        # -inf needs no correction, and has none.
-        return distance + lax.stop_gradient(jnp.where(exact == distance, 0, exact - distance))
+        rounded = jnp.where(jnp.isneginf(distance), 0, distance)  # there is nothing to correct
+        exact = jnp.where(read(uncapped) == top, 0, jnp.minimum(rounded, 0))
+        return distance + lax.stop_gradient(exact - rounded)
 
     def _where(self) -> Array | None:
         if self.where is None:
@@ -272,9 +272,7 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
         highest, tail = merge(
             *(_or_empty(part(x)) for x in (logits[..., :whole], logits[..., whole:]))
         )
-        return Statistics(
-            highest, tail + (highest - highest)
-        )  # NaN if infinite, as for a whole row
+        return Statistics(highest, tail + (highest - highest))  # NaN if infinite
 
     blocks = logits.reshape(*logits.shape[:-1], -1, width)
     # Before widening, which would have a second reader; a soft-cap keeps the order.
