@@ -147,7 +147,8 @@ def draw(curves: dict[str, Curves], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 epochs, no accuracy required")
-    parser.add_argument("--out", type=Path, default=Path("examples/output"), help="for pictures")
+    output = Path(__file__).parent / "output"
+    parser.add_argument("--out", type=Path, default=output, help="for pictures")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 

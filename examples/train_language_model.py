@@ -341,10 +341,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()
+    for name in ("vocab", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
 
     config = QUICK if args.quick else Config()
     config = dataclasses.replace(
-        config, vocabulary=args.vocab or config.vocabulary, steps=args.steps or config.steps
+        config,
+        vocabulary=config.vocabulary if args.vocab is None else args.vocab,
+        steps=config.steps if args.steps is None else args.steps,
     )
     console = Console()
     began = time.perf_counter()

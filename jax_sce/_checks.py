@@ -63,7 +63,8 @@ def number_in(name: str, x: ArrayLike, low: float, high: float, interval: str) -
         return
     value = float(np.asarray(x))
     above = value > low if interval[0] == "(" else value >= low
-    if not (above and value <= high):
+    below = value < high if interval[-1] == ")" else value <= high
+    if not (above and below):
         raise ValueError(f"{name} must lie in {interval}, got {value}")
 
 

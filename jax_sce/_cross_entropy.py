@@ -46,9 +46,10 @@ def softmax_cross_entropy(
         float32.
       labels: The shape of `logits`. Floats; integers and bools serve as one-hot rows.
       axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep). An
-        example of which nothing is kept has loss 0. The mass of a distribution on a class that is left
-        out is left out too.
+      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep).
+        Give a mask of classes the logits' rank, `[1, V]`, lest it be taken for one of examples. An
+        example of which nothing is kept has loss 0. The mass of a distribution on a
+        class that is left out is left out too.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
       weights: [N...], the weight of each example; 0 leaves it out.
@@ -61,8 +62,8 @@ def softmax_cross_entropy(
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN for a row of logits that
-      are all -inf, or of which one is +inf or NaN; that row's gradient is NaN and no other's. A logit of
-      -inf is an absent class, and costs +inf if it has mass.
+      are all -inf, or of which one is +inf or NaN (after the soft-cap); that row's gradient is NaN and
+      no other's. A logit of -inf is an absent class, and costs +inf if it has mass.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -72,10 +73,11 @@ def softmax_cross_entropy(
       >>> from jax_sce import softmax_cross_entropy
       >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
       >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
-      >>> print(softmax_cross_entropy(logits, labels).round(4))
+      >>> with jnp.printoptions(precision=4):
+      ...     print(softmax_cross_entropy(logits, labels))
       [0.2761 1.8018]
-      >>> print(softmax_cross_entropy(logits, labels, reduction="mean").round(4))
-      1.0389
+      >>> print(f"{softmax_cross_entropy(logits, labels, reduction='mean'):.4f}")
+      1.0390
 
     References:
       Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
@@ -127,8 +129,10 @@ def softmax_cross_entropy_with_integer_labels(
       labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
         those axes flattened in the order given.
       axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep). An
-        example of which nothing is kept has loss 0; a label on a class left out costs +inf.
+      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep).
+        Give a mask of classes the logits' rank, `[1, V]`, lest it be taken for one of examples. An
+        example of which nothing is kept has loss 0; a label on a class left out costs
+        +inf.
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
@@ -143,7 +147,8 @@ def softmax_cross_entropy_with_integer_labels(
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN, with a gradient of NaN in
       that row alone, for a label outside [0, V) (-1 too), and for a row of logits that are all -inf, or
-      of which one is +inf or NaN. A logit of -inf is an absent class, and costs +inf as the label.
+      of which one is +inf or NaN (after the soft-cap). A logit of -inf is an absent class, and costs
+      +inf as the label.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -153,7 +158,8 @@ def softmax_cross_entropy_with_integer_labels(
       >>> from jax_sce import softmax_cross_entropy_with_integer_labels
       >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
       >>> labels = jnp.array([0, 1])
-      >>> print(softmax_cross_entropy_with_integer_labels(logits, labels).round(4))
+      >>> with jnp.printoptions(precision=4):
+      ...     print(softmax_cross_entropy_with_integer_labels(logits, labels))
       [0.2761 2.9518]
       >>> confident = jnp.array([17.0, 0.0])
       >>> print(f"{softmax_cross_entropy_with_integer_labels(confident, 0):.3e}")
@@ -179,6 +185,8 @@ def softmax_cross_entropy_with_integer_labels(
     if ignored is not None:
         options = options.without(_equals(labels, ignored))
     index = _class_index(labels, options.rows.num_classes)
+    if options.weights is not None:
+        options = options.without((index < 0) & (options.weights == 0))
     if options.kept is not None:
         index = jnp.where(options.kept, index, 0)
     class_weight = None
@@ -249,7 +257,7 @@ def _check_options(
     smoothing = _scalar_or_none("label_smoothing", label_smoothing, dtype)
     _checks.number_in("label_smoothing", label_smoothing, 0, 1, "[0, 1]")
     if softcap is not None:
-        _checks.number_in("softcap", softcap, 0, float("inf"), "(0, inf]")
+        _checks.number_in("softcap", softcap, 0, float("inf"), "(0, inf)")
         softcap = _checks.scalar("softcap", softcap).astype(dtype)
     if class_weights is not None:
         class_weights = _checks.real("class_weights", class_weights).astype(dtype)
@@ -260,7 +268,7 @@ def _check_options(
 
     kept, classes, classes_kept = None, None, None
     if where is not None:
-        kept, classes = _split_where(where, logits.shape, axes)
+        kept, classes = _split_where(where, logits.shape, rows_shape, axes)
     if classes is not None:
         # Expand the class axes alone: a mask that all examples share stays small.
         sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(classes.shape)]
@@ -288,11 +296,13 @@ def _rows_shape(logits: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _split_where(
-    where: ArrayLike, logits_shape: tuple[int, ...], axes: tuple[int, ...]
+    where: ArrayLike,
+    logits_shape: tuple[int, ...],
+    rows_shape: tuple[int, ...],
+    axes: tuple[int, ...],
 ) -> tuple[Array | None, Array | None]:
     """`where` as a mask of examples, [N...], or of classes, of the logits' rank."""
     where = _checks.boolean("where", where)
-    rows_shape = tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
     if where.ndim == len(logits_shape) and all(where.shape[axis] == 1 for axis in axes):
         where = where.squeeze(axes)
     if where.ndim < len(logits_shape) and _broadcasts(where.shape, rows_shape):
@@ -335,7 +345,8 @@ def _finish(
     *,
     weigh: bool = False,
 ) -> Array:
-    """The class weight if it is to `weigh`, the z-loss, the weights of the examples, and the reduction.
+    """Apply what comes after the rule: the class weight (if it is to `weigh` the loss, and not only to
+    divide a mean), the z-loss, the weights of the examples, and the reduction.
 
     What must not count is made 0 before any arithmetic, for 0 times NaN is NaN, in derivatives too. A
     loss of weight 0 is kept where it is finite: it is the derivative with respect to that weight.
@@ -351,11 +362,12 @@ def _finish(
         loss = times(class_weight, loss)
     if options.z_loss is not None:
         loss = loss + options.z_loss * jnp.square(log_normalizer)
-    weights = jnp.ones_like(loss) if class_weight is None else class_weight
-    if options.weights is not None:
-        loss, weights = options.weights * loss, options.weights * weights
+    weights = jnp.ones_like(loss) if options.weights is None else options.weights
     if options.kept is not None:
         weights = jnp.where(options.kept, weights, 0)
+    loss = weights * loss
+    if class_weight is not None:
+        weights = weights * class_weight
     return reduce_losses(loss, weights, reduction)
 
 

@@ -32,10 +32,11 @@ distance is long. In the tail that is avoided: the rounding error of the distanc
 back (`_exp_difference`), or distances are taken from the largest of the other logits. So the loss is
 within 16u, 1e-6 in float32, with sums that are pairwise or in blocks; of a distribution that is not
 one-hot, relative to `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. An element of the gradient
-carries the rounding of its own distance and some six roundings more: within `(6 + |z_j - max|) 2^-22` in
-float32. Rounding a cotangent to 16 bits comes on top of that, once. `L` is within 2^-22 of
-`max(1, |L|)`. Terms below the smallest normal number, 2^-126, may be lost altogether, and with a
-soft-cap the bounds hold for the capped logits as they are rounded.
+carries the rounding of its own distance and some six roundings more: within `(6 + |z_j - max|) 2^-22`
+in float32 for one-hot targets, and for others relative to `o_j |sum(y)| + |y_j|`, for there the
+gradient itself has a zero between. Rounding a cotangent to 16 bits comes on top, once. `L` is within
+2^-22 of `max(1, |L|)`. Terms below the smallest normal number, 2^-126, may be lost altogether, and with
+a soft-cap the bounds hold for the capped logits as they are rounded.
 
 References: the derivative is that of Bridle (1990), "Probabilistic interpretation of feedforward
 classification network outputs"; `merge` is the online normalizer of Milakov and Gimelshein (2018),

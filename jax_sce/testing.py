@@ -37,7 +37,8 @@ def assert_matches_reference(
         is compared too.
       rtol: The error allowed, relative to the largest entry of a row; None means 32 units of roundoff
         of float32, and for gradients of the logits' dtype.
-      **options: Passed to the formula, for a loss that smooths, weights or caps.
+      **options: Passed to the formula, for a loss that smooths, weights classes or caps: scalars, and
+        `class_weights`. Arrays with an entry for each example do not go through the `jax.vmap` mode.
 
     Raises:
       AssertionError: A value or a gradient differs; the message says by how much and in which mode.

@@ -13,7 +13,7 @@ from jax_sce import (
 )
 
 # Every tolerance of the tests, relative unless said otherwise.
-#   loss       the contract of DESIGN.md for confident rows: some eight roundings of 2^-24
+#   loss       for confident rows, as jax_sce/_rows.py promises: some eight roundings of 2^-24
 #   rounded    one float32 rounding of each of a few steps, for quantities that do not cancel
 #   float64    ours and the naive formula, both in float64, at logits so small that neither cancels
 #   gradient   one of (6 + |z_j - max|) of these is allowed
