@@ -107,8 +107,8 @@ def _loss(logits, labels, kept, denominator, label_smoothing, class_weights, wei
     costs = targets * jnp.where((targets == 0) & jnp.isneginf(logits), 0, costs)
     weights = jnp.ones(denominator.shape, logits.dtype) if weights is None else weights
     weights = jnp.where(example_kept, weights, 0)
-    losses = weights * (jnp.sum(costs, axis=-1) + z_loss * log_normalizer**2)
-    losses = jnp.where(weights == 0, 0, losses)
+    losses = jnp.sum(costs, axis=-1) + z_loss * log_normalizer**2
+    losses = weights * jnp.where((weights == 0) & ~jnp.isfinite(losses), 0, losses)
     if reduction == "none":
         return losses
     if reduction == "sum":
