@@ -48,8 +48,8 @@ def softmax_cross_entropy(
       axis: The axis of the classes, or several, which are taken as one; None means all.
       where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep).
         Give a mask of classes the logits' rank, `[1, V]`, lest it be taken for one of examples. An
-        example of which nothing is kept has loss 0. The mass of a distribution on a
-        class that is left out is left out too.
+        example of which nothing is kept has loss 0. The mass of a distribution on a class that is left
+        out is left out too.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
       weights: [N...], the weight of each example; 0 leaves it out.
@@ -131,8 +131,7 @@ def softmax_cross_entropy_with_integer_labels(
       axis: The axis of the classes, or several, which are taken as one; None means all.
       where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep).
         Give a mask of classes the logits' rank, `[1, V]`, lest it be taken for one of examples. An
-        example of which nothing is kept has loss 0; a label on a class left out costs
-        +inf.
+        example of which nothing is kept has loss 0; a label on a class left out costs +inf.
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
