@@ -264,7 +264,7 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
     num_classes = rows.num_classes
     if num_classes <= _SHORT_ROW:
         return _statistics_at_once(rows)
-    best = min(max(num_classes // 128, 32), 240)
+    best = min(max(num_classes // 160, 50), 240)
     divisors = [w for w in _BLOCK_WIDTHS if num_classes % w == 0 and w < num_classes]
     width = min(divisors, key=lambda w: abs(w - best), default=best)
     logits = classes_last(rows.logits, rows.axes)
@@ -276,12 +276,13 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
         return Statistics(highest, tail + (highest - highest))  # NaN if infinite
 
     blocks = logits.reshape(*logits.shape[:-1], -1, width)
-    # Before widening, which would have a second reader; a soft-cap keeps the order.
-    highest_in_block = rows.effective(jnp.max(blocks, axis=-1))
-    home = jnp.argmax(highest_in_block, axis=-1)
-    elsewhere = ~one_hot(home, highest_in_block.shape[-1])
-    highest = jnp.max(highest_in_block, axis=-1)
-    second = jnp.max(jnp.where(elsewhere, highest_in_block, -jnp.inf), axis=-1)
+    # Of the logits as they are stored, for to widen them here would be a second reader; a soft-cap keeps
+    # their order. The barrier keeps XLA from taking the maximum of maxima by reading all the row again.
+    maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))
+    home = jnp.argmax(maxima, axis=-1)
+    elsewhere = ~one_hot(home, maxima.shape[-1])
+    highest = rows.effective(jnp.max(maxima, axis=-1))
+    second = rows.effective(jnp.max(jnp.where(elsewhere, maxima, -jnp.inf), axis=-1))
     second = jnp.where(jnp.isneginf(second), highest, second)
     # Each step bound to the last: the memory of one is free in the next, and the blocks are read anew.
     blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))

@@ -61,16 +61,23 @@ def test_the_check_finds_what_automatic_differentiation_keeps():
     assert any(np.prod(shape) >= N * V and not given for shape, _, given in kept)
 
 
+def block_memory(dtype):
+    """What the statistics of long rows may hold on CPU, as a part of the logits' bytes: one number for
+    each block of classes, and then one block a row. XLA's compiler before JAX 0.12 drops the barriers
+    that free the one before the other is made, and widens the block."""
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):
+        return 0.026
+    return 0.010 if dtype == jnp.float32 else 0.0115
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gradient_of_donated_logits_needs_no_second_copy(dtype):
     n, v = 1024, 32000
     logits, labels = jax.ShapeDtypeStruct((n, v), dtype), labels_like("integer", n, v)
     gradient = jax.grad(functools.partial(BOTH["integer"], reduction="mean"))
     compiled = jax.jit(gradient, donate_argnums=0).lower(logits, labels).compile()
-    # One number for each block of classes and one block, a row each, which are 0.9 % in float32 and
-    # 1.1 % in bfloat16 with JAX 0.12; JAX 0.10 holds both at once, and the block in float32: 2.5 %.
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary <= 0.026 * n * v * jnp.dtype(dtype).itemsize
+    assert temporary <= block_memory(dtype) * n * v * jnp.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -92,4 +99,4 @@ def test_the_loss_alone_never_writes_the_logits_in_float32(dtype):
     logits, labels = jax.ShapeDtypeStruct((n, v), dtype), labels_like("integer", n, v)
     compiled = jax.jit(BOTH["integer"]).lower(logits, labels).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary <= 0.026 * n * v * jnp.dtype(dtype).itemsize
+    assert temporary <= block_memory(dtype) * n * v * jnp.dtype(dtype).itemsize
