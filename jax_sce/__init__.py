@@ -4,5 +4,9 @@ from ._cross_entropy import (
     softmax_cross_entropy as softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from ._linear import (
+    CrossEntropyAux as CrossEntropyAux,
+    linear_softmax_cross_entropy as linear_softmax_cross_entropy,
+)
 
 __version__ = "0.1.0"

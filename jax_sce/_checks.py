@@ -95,6 +95,20 @@ def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     return count
 
 
+def head(hidden: Array, kernel: Array) -> tuple[int, ...]:
+    """The shape of the examples, N..., of `hidden` [N..., D] and `kernel` [D, V]."""
+    if hidden.ndim == 0:
+        raise ValueError("hidden must have shape (..., features), got ()")
+    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+        raise ValueError(
+            f"kernel must have shape ({hidden.shape[-1]}, classes) for hidden of shape {hidden.shape}, "
+            f"got {kernel.shape}"
+        )
+    if kernel.shape[1] == 0:
+        raise ValueError(f"kernel must have at least one class, got shape {kernel.shape}")
+    return hidden.shape[:-1]
+
+
 def one_of(name: str, x: Any, options: tuple[str, ...]) -> None:
     if x not in options:
         raise ValueError(f"{name} must be one of {options}, got {x!r}")
@@ -107,6 +121,13 @@ def integer_or_none(name: str, x: Any) -> int | None:
         return operator.index(x)
     except TypeError:
         raise TypeError(f"{name} must be an integer or None, got {x!r}") from None
+
+
+def positive_or_none(name: str, x: Any) -> int | None:
+    value = integer_or_none(name, x)
+    if value is not None and value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return value
 
 
 def _array(name: str, x: ArrayLike) -> Array:

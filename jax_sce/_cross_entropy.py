@@ -92,12 +92,20 @@ def softmax_cross_entropy(
     axes = _checks.class_axes(axis, logits.ndim)
     labels = _checks.real("labels", labels)
     _checks.shape("labels", labels, logits.shape)
-    options = _check_options(
-        logits, axes, where, label_smoothing, class_weights, weights, z_loss, softcap, reduction
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+    options = check_options(
+        logits.dtype,
+        _rows_shape(logits, axes),
+        _checks.num_classes(logits, axes),
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        weights=weights,
+        z_loss=z_loss,
+        softcap=softcap,
     )
-    rule = _target_rule_forward if forward_mode else _target_rule
-    loss, log_normalizer = rule(options.rows, options.targets(labels, axes), options.counts)
-    return _finish(options, loss, log_normalizer, None, reduction)
+    view, options = _view(logits, axes, where, options)
+    losses = target_losses(view, labels, axes, options, forward_mode)
+    return reduce_losses(losses.loss, losses.weight, reduction)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -178,45 +186,48 @@ def softmax_cross_entropy_with_integer_labels(
     labels = _checks.integers("labels", labels)
     _checks.shape("labels", labels, _rows_shape(logits, axes))
     ignored = _checks.integer_or_none("ignore_index", ignore_index)
-    options = _check_options(
-        logits, axes, where, label_smoothing, class_weights, weights, z_loss, softcap, reduction
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+    num_classes = _checks.num_classes(logits, axes)
+    options = check_options(
+        logits.dtype,
+        labels.shape,
+        num_classes,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        weights=weights,
+        z_loss=z_loss,
+        softcap=softcap,
     )
-    if ignored is not None:
-        options = options.without(_equals(labels, ignored))
-    index = _class_index(labels, options.rows.num_classes)
-    if options.weights is not None:
-        options = options.without((index < 0) & (options.weights == 0))
-    if options.kept is not None:
-        index = jnp.where(options.kept, index, 0)
-    class_weight = None
-    if options.class_weights is not None:
-        class_weight = options.class_weights[jnp.maximum(index, 0)]
-    if options.smoothing is None:
-        rule = _label_rule_forward if forward_mode else _label_rule
-        loss, log_normalizer = rule(options.rows, index, options.counts)
-    else:
-        rule = _target_rule_forward if forward_mode else _target_rule
-        loss, log_normalizer = rule(options.rows, options.targets(index, None), options.counts)
-    weigh = options.smoothing is None  # else the targets carry the class weights already
-    return _finish(options, loss, log_normalizer, class_weight, reduction, weigh=weigh)
+    view, options = _view(logits, axes, where, options)
+    options = options.ignoring(labels, ignored)
+    losses = label_losses(view, class_index(labels, num_classes), options, forward_mode)
+    return reduce_losses(losses.loss, losses.weight, reduction)
 
 
 # -- options ------------------------------------------------------------------------------------------
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """The checked arguments; None where an option is not used, so that it costs nothing."""
 
-    rows: Rows
     kept: Array | None  # bool, [N...], the examples to keep
-    classes_kept: Array | None  # bool, [N... or 1..., V]
+    weights: Array | None  # [N...]
     smoothing: Array | None  # scalar
     class_weights: Array | None  # [V]
-    weights: Array | None  # [N...]
     z_loss: Array | None  # scalar
+    softcap: Array | None  # scalar
 
-    def without(self, ignored: Array) -> "_Options":
-        return self._replace(kept=~ignored if self.kept is None else self.kept & ~ignored)
+    def keeping(self, kept: Array) -> "Options":
+        return self._replace(kept=kept if self.kept is None else self.kept & kept)
+
+    def ignoring(self, labels: Array, ignore_index: int | None) -> "Options":
+        """Without the examples of that label, compared without wrapping."""
+        if ignore_index is None:
+            return self
+        info = jnp.iinfo(labels.dtype)
+        if not info.min <= ignore_index <= info.max:
+            return self
+        return self.keeping(labels != jnp.asarray(ignore_index, labels.dtype))
 
     @property
     def counts(self) -> Array | None:
@@ -225,62 +236,39 @@ class _Options(NamedTuple):
             return self.kept
         return self.weights != 0 if self.kept is None else self.kept & (self.weights != 0)
 
-    def targets(self, labels: Array, axes: tuple[int, ...] | None) -> Targets:
-        return Targets(
-            labels,
-            self.classes_kept,
-            self.smoothing,
-            self.class_weights,
-            axes,
-            self.rows.num_classes,
-            _rows.compute_dtype(self.rows.logits),
-        )
 
-
-def _check_options(
-    logits: Array,
-    axes: tuple[int, ...],
-    where: ArrayLike | None,
+def check_options(
+    dtype: jnp.dtype,
+    rows_shape: tuple[int, ...],
+    num_classes: int,
+    *,
     label_smoothing: ArrayLike,
     class_weights: ArrayLike | None,
     weights: ArrayLike | None,
     z_loss: ArrayLike,
     softcap: ArrayLike | None,
-    reduction: str,
-) -> _Options:
-    dtype = _rows.compute_dtype(logits)
-    rows_shape = _rows_shape(logits, axes)
-    num_classes = _checks.num_classes(logits, axes)
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-
+) -> Options:
+    """The options for logits of that dtype, checked and in the dtype that they are computed in."""
+    dtype = _rows.compute_dtype(dtype)
     smoothing = _scalar_or_none("label_smoothing", label_smoothing, dtype)
     _checks.number_in("label_smoothing", label_smoothing, 0, 1, "[0, 1]")
+    cap, of_class, of_example = None, None, None
     if softcap is not None:
         _checks.number_in("softcap", softcap, 0, float("inf"), "(0, inf)")
-        softcap = _checks.scalar("softcap", softcap).astype(dtype)
+        cap = _checks.scalar("softcap", softcap).astype(dtype)
     if class_weights is not None:
-        class_weights = _checks.real("class_weights", class_weights).astype(dtype)
-        _checks.shape("class_weights", class_weights, (num_classes,))
+        of_class = _checks.real("class_weights", class_weights).astype(dtype)
+        _checks.shape("class_weights", of_class, (num_classes,))
     if weights is not None:
-        weights = _checks.real("weights", weights).astype(dtype)
-        _checks.shape("weights", weights, rows_shape)
-
-    kept, classes, classes_kept = None, None, None
-    if where is not None:
-        kept, classes = _split_where(where, logits.shape, rows_shape, axes)
-    if classes is not None:
-        # Expand the class axes alone: a mask that all examples share stays small.
-        sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(classes.shape)]
-        classes_kept = _rows.classes_last(jnp.broadcast_to(classes, sizes), axes)
-        kept = jnp.broadcast_to(jnp.any(classes_kept, axis=-1), rows_shape)
-    return _Options(
-        Rows(logits, classes, softcap, axes),
-        kept,
-        classes_kept,
-        smoothing,
-        class_weights,
-        weights,
-        _scalar_or_none("z_loss", z_loss, dtype),
+        of_example = _checks.real("weights", weights).astype(dtype)
+        _checks.shape("weights", of_example, rows_shape)
+    return Options(
+        kept=None,
+        weights=of_example,
+        smoothing=smoothing,
+        class_weights=of_class,
+        z_loss=_scalar_or_none("z_loss", z_loss, dtype),
+        softcap=cap,
     )
 
 
@@ -294,20 +282,43 @@ def _rows_shape(logits: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(logits.shape) if axis not in axes)
 
 
-def _split_where(
+class _View(NamedTuple):
+    """Logits, and which classes of them there are."""
+
+    rows: Rows
+    classes_kept: Array | None  # bool, [N... or 1..., V]
+
+
+def _view(
+    logits: Array, axes: tuple[int, ...], where: ArrayLike | None, options: Options
+) -> tuple[_View, Options]:
+    if where is None:
+        return _View(Rows(logits, None, options.softcap, axes), None), options
+    rows_shape = _rows_shape(logits, axes)
+    mask, is_of_classes = _read_where(where, logits.shape, rows_shape, axes)
+    if not is_of_classes:
+        return _View(Rows(logits, None, options.softcap, axes), None), options.keeping(mask)
+    # Expand the class axes alone: a mask that all examples share stays small.
+    sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(mask.shape)]
+    classes_kept = _rows.classes_last(jnp.broadcast_to(mask, sizes), axes)
+    kept = jnp.broadcast_to(jnp.any(classes_kept, axis=-1), rows_shape)
+    return _View(Rows(logits, mask, options.softcap, axes), classes_kept), options.keeping(kept)
+
+
+def _read_where(
     where: ArrayLike,
     logits_shape: tuple[int, ...],
     rows_shape: tuple[int, ...],
     axes: tuple[int, ...],
-) -> tuple[Array | None, Array | None]:
-    """`where` as a mask of examples, [N...], or of classes, of the logits' rank."""
+) -> tuple[Array, bool]:
+    """`where` as a mask of examples, [N...], or of classes, of the logits' rank; and if it is that."""
     where = _checks.boolean("where", where)
     if where.ndim == len(logits_shape) and all(where.shape[axis] == 1 for axis in axes):
         where = where.squeeze(axes)
     if where.ndim < len(logits_shape) and _broadcasts(where.shape, rows_shape):
-        return jnp.broadcast_to(where, rows_shape), None
+        return jnp.broadcast_to(where, rows_shape), False
     if _broadcasts(where.shape, logits_shape):
-        return None, where.reshape((1,) * (len(logits_shape) - where.ndim) + where.shape)
+        return where.reshape((1,) * (len(logits_shape) - where.ndim) + where.shape), True
     raise ValueError(
         f"where must broadcast to the examples, {rows_shape}, or to the logits, {logits_shape}, "
         f"got {where.shape}"
@@ -319,15 +330,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
 
 
-def _equals(labels: Array, value: int) -> Array:
-    """`labels == value`, without wrapping a value that the labels' dtype cannot hold."""
-    info = jnp.iinfo(labels.dtype)
-    if not info.min <= value <= info.max:
-        return jnp.zeros(labels.shape, bool)
-    return labels == jnp.asarray(value, labels.dtype)
-
-
-def _class_index(labels: Array, num_classes: int) -> Array:
+def class_index(labels: Array, num_classes: int) -> Array:
     """Labels as int32, -1 for those outside [0, V). Compared in their own dtype, so nothing wraps."""
     good = labels >= 0
     if num_classes <= jnp.iinfo(labels.dtype).max:
@@ -335,17 +338,93 @@ def _class_index(labels: Array, num_classes: int) -> Array:
     return jnp.where(good, jnp.where(good, labels, 0).astype(jnp.int32), -1)
 
 
+# -- the loss of each example -------------------------------------------------------------------------
+
+
+class Losses(NamedTuple):
+    """Of each example, [N...]."""
+
+    loss: Array  # weighted; 0 if it does not count
+    weight: Array  # its part of what a mean divides by
+    log_normalizer: Array  # 0 if it does not count
+
+
+def logits_view(logits: Array, options: Options) -> _View:
+    """Logits with the classes on the last axis, all of them there."""
+    return _View(Rows(logits, None, options.softcap, (logits.ndim - 1,)), None)
+
+
+def label_losses(view: _View, index: Array, options: Options, forward_mode: bool) -> Losses:
+    """Of class ids, [N...], -1 for a bad one."""
+    if options.weights is not None:
+        options = options.keeping(~((index < 0) & (options.weights == 0)))
+    if options.kept is not None:
+        index = jnp.where(options.kept, index, 0)
+    if options.smoothing is None:
+        rule = _label_rule_forward if forward_mode else _label_rule
+        loss, log_normalizer = rule(view.rows, index, options.counts)
+        class_weight = _class_weight(index, options)
+    else:
+        loss, log_normalizer = _target_rule_of(forward_mode)(
+            view.rows, _targets(view, index, None, options), options.counts
+        )
+        class_weight = None  # the targets carry it
+    weight = label_weights(index, options, loss.dtype)
+    return _finish(options, loss, log_normalizer, weight, class_weight)
+
+
+def target_losses(
+    view: _View, labels: Array, axes: tuple[int, ...], options: Options, forward_mode: bool
+) -> Losses:
+    """Of distributions with the classes on `axes`."""
+    loss, log_normalizer = _target_rule_of(forward_mode)(
+        view.rows, _targets(view, labels, axes, options), options.counts
+    )
+    return _finish(
+        options, loss, log_normalizer, example_weights(options, loss.shape, loss.dtype), None
+    )
+
+
+def label_weights(index: Array, options: Options, dtype: jnp.dtype) -> Array:
+    """[N...], `weights * class_weights[label]` of the examples that are kept."""
+    weight = example_weights(options, index.shape, dtype)
+    class_weight = _class_weight(index, options)
+    return weight if class_weight is None else weight * class_weight
+
+
+def example_weights(options: Options, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """[N...], of the examples that are kept."""
+    weights = jnp.ones(shape, dtype) if options.weights is None else options.weights
+    return weights if options.kept is None else jnp.where(options.kept, weights, 0)
+
+
+def _class_weight(index: Array, options: Options) -> Array | None:
+    if options.class_weights is None:
+        return None
+    return options.class_weights[jnp.maximum(index, 0)]
+
+
+def _targets(view: _View, labels: Array, axes: tuple[int, ...] | None, options: Options) -> Targets:
+    rows = view.rows
+    return Targets(
+        labels,
+        view.classes_kept,
+        options.smoothing,
+        options.class_weights,
+        axes,
+        rows.num_classes,
+        _rows.compute_dtype(rows.logits.dtype),
+    )
+
+
 def _finish(
-    options: _Options,
+    options: Options,
     loss: Array,
     log_normalizer: Array,
+    weight: Array,
     class_weight: Array | None,
-    reduction: str,
-    *,
-    weigh: bool = False,
-) -> Array:
-    """Apply what comes after the rule: the class weight (if it is to `weigh` the loss, and not only to
-    divide a mean), the z-loss, the weights of the examples, and the reduction.
+) -> Losses:
+    """Apply what comes after the rule: the class weight, the z-loss, the weights of the examples.
 
     What must not count is made 0 before any arithmetic, for 0 times NaN is NaN, in derivatives too. A
     loss of weight 0 is kept where it is finite: it is the derivative with respect to that weight.
@@ -357,17 +436,15 @@ def _finish(
     if live is not None:
         loss, log_normalizer = jnp.where(live, loss, 0), jnp.where(live, log_normalizer, 0)
 
-    if weigh and class_weight is not None:
+    if class_weight is not None:
         loss = times(class_weight, loss)
     if options.z_loss is not None:
         loss = loss + options.z_loss * jnp.square(log_normalizer)
-    weights = jnp.ones_like(loss) if options.weights is None else options.weights
-    if options.kept is not None:
-        weights = jnp.where(options.kept, weights, 0)
-    loss = weights * loss
-    if class_weight is not None:
-        weights = weights * class_weight
-    return reduce_losses(loss, weights, reduction)
+    if options.weights is not None or options.kept is not None:
+        loss = example_weights(options, loss.shape, loss.dtype) * loss
+    if options.counts is not None:
+        log_normalizer = jnp.where(options.counts, log_normalizer, 0)
+    return Losses(loss, weight, log_normalizer)
 
 
 # -- rules --------------------------------------------------------------------------------------------
@@ -403,6 +480,10 @@ def _label_bwd(residuals, cotangents):
 
 
 _label_rule.defvjp(_label_fwd, _label_bwd)
+
+
+def _target_rule_of(forward_mode: bool):
+    return _target_rule_forward if forward_mode else _target_rule
 
 
 class _TargetResiduals(NamedTuple):

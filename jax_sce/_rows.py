@@ -132,7 +132,7 @@ class Rows:
 
     def effective(self, logits: Array, where: Array | None = None) -> Array:
         """Logits of some classes, classes last: widened, capped and masked."""
-        logits = logits.astype(compute_dtype(logits))
+        logits = logits.astype(compute_dtype(logits.dtype))
         if where is not None:
             # What a masked class holds must not reach the derivative of what follows.
             logits = jnp.where(where, logits, 0)
@@ -194,9 +194,9 @@ def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     return x.transpose(batch + axes).reshape(*(x.shape[axis] for axis in batch), -1)
 
 
-def compute_dtype(x: Array) -> jnp.dtype:
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 for float64: 16-bit types are only for storage."""
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def along_classes(x: Array, ndim: int) -> Array:
@@ -294,14 +294,10 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
 
 
 def _take_block(blocks: Array, index: Array) -> Array:
-    """One block of each row, [N..., width], moved as bits: XLA's CPU compiler would first widen all of
-    a 16-bit operand of a gather."""
-    dtype = blocks.dtype
-    if dtype.itemsize == 2:
-        blocks = lax.bitcast_convert_type(blocks, jnp.uint16)
-    block = jnp.take_along_axis(blocks, index[..., None, None], -2, mode="promise_in_bounds")
-    block = block[..., 0, :]
-    return lax.bitcast_convert_type(block, dtype) if dtype.itemsize == 2 else block
+    """One block of each row, [N..., width]."""
+    bits, index = to_bits(blocks), index[..., None, None]
+    block = jnp.take_along_axis(bits, index, -2, mode="promise_in_bounds")[..., 0, :]
+    return from_bits(block, blocks.dtype)
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -388,6 +384,16 @@ def target_cotangents(
 
 
 # -- helpers ------------------------------------------------------------------------------------------
+
+
+def to_bits(x: Array) -> Array:
+    """Of a 16-bit type the bits, for a gather or scatter: XLA's CPU compiler would first widen all of
+    the operand. Not to be differentiated."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: jnp.dtype) -> Array:
+    return lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x
 
 
 @jax.custom_jvp

@@ -1,0 +1,677 @@
+"""Storey 3: the loss of a linear head, chunk by chunk of the examples. The N x V logits never exist.
+
+A chunk's logits are made, storey 2 takes their losses and their cotangent, two matrix products carry
+that to the hidden states and the kernel, and the next chunk overwrites it. Nothing of the loss is
+written here, only the order of the work.
+
+"mean" and "sum" know the cotangent of every loss but for one factor, so when they are differentiated
+the forward rule computes the gradients along with the value (6NDV operations, as with whole logits) and
+the backward rule scales them. "none" has to wait for its cotangents, and computes the logits again.
+
+References: taking gradients in the forward pass is Liger-Kernel's idea (Hsu et al., 2024,
+arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none" does here.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from . import _checks, _cross_entropy, _rows
+from ._cross_entropy import Losses, Options
+from ._reduction import REDUCTIONS, reduce_losses
+
+# The size of a chunk: how many logits, but at least and at most so many examples. Whatever its size, a
+# chunk adds to all of the kernel's gradient, [D, V], and matrix products want enough rows. On two CPU
+# cores, chunks of 64 examples took 1.4 times as long as ones of 256, ones of 128 1.15 times, and 512 no
+# less: so 256, and more where the vocabulary is small. Values alone run at full rate from 64 on. An
+# accelerator has many times the rate for the same bandwidth of memory: some thousand examples, 0.5 GB of
+# logits; this was not measured.
+_CHUNK = {"cpu": (2**22, 256, 512), "default": (2**27, 512, 4096)}
+_CHUNK_OF_VALUES = {"cpu": (2**22, 64, 256), "default": (2**27, 512, 4096)}
+
+# On CPU, the kernel's gradient is made in so many tiles of classes, if there are as many classes.
+_TILES = 8
+_TILED = 2048
+
+
+class CrossEntropyAux(NamedTuple):
+    """What else the head knows of each example; 0 and -1 for those that do not count."""
+
+    log_normalizer: Array  # [N...], float32 (float64 for float64 inputs)
+    prediction: Array  # [N...], int32, the class of the largest logit, the lowest of several
+
+
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    reduction: str = "none",
+    chunk_size: int | None = None,
+    return_aux: bool = False,
+    forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]:
+    r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, which are never held.
+
+    The same as `softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias, labels)`, or
+    `softmax_cross_entropy` for distributions, with the logits accumulated in float32, in the memory of
+    one chunk of examples. With "mean" and "sum" the gradients are computed in the forward pass, as fast
+    as with whole logits; with "none" the backward pass computes the logits once more. Examples that do
+    not count, by `ignore_index` or a weight of 0, cost next to nothing.
+
+    Args:
+      hidden: [N..., D], any floating dtype.
+      kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T`, uncopied.
+      labels: [N...] integers in [0, V), or distributions [N..., V].
+      bias: [V].
+      ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
+      label_smoothing: e, a scalar in [0, 1].
+      class_weights: [V], the weight of each class.
+      weights: [N...], the weight of each example; 0 leaves it out.
+      z_loss: A scalar; adds `z_loss * L**2` to each example, L its log-normalizer, not class-weighted.
+      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
+      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
+        `weights * class_weights[label]` of the examples that count (of `weights` for distributions),
+        and 0 if there are none.
+      chunk_size: Examples in a chunk; None chooses from the shapes.
+      return_aux: Also return a `CrossEntropyAux`, [N...] each. The log-normalizer is differentiated
+        exactly; with "mean" and "sum" that takes a second pass, if it is used.
+      forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
+        `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+
+    Returns:
+      The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
+      of it and the aux. Bad labels and logits give NaN as in the losses on logits. The gradients come in
+      the dtypes of their arguments, and are accumulated in float32.
+
+    Raises:
+      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_sce import linear_softmax_cross_entropy
+      >>> hidden = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+      >>> kernel = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, -1.0]])
+      >>> labels = jnp.array([0, 1, -100])
+      >>> with jnp.printoptions(precision=4):
+      ...     print(linear_softmax_cross_entropy(hidden, kernel, labels, ignore_index=-100))
+      [0.0949 0.1429 0.    ]
+      >>> loss, gradient = jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(
+      ...     hidden, kernel, labels, ignore_index=-100, reduction="mean")
+      >>> print(f"{loss:.4f}", gradient.shape)
+      0.1189 (2, 3)
+
+    References:
+      Hsu et al. (2024), "Liger Kernel", arXiv:2410.10989; Wijmans et al. (2024), "Cut your losses in
+      large-vocabulary language models", arXiv:2411.09009; and those of
+      `softmax_cross_entropy_with_integer_labels` for the loss and its options.
+
+    See also:
+      `softmax_cross_entropy_with_integer_labels` and `softmax_cross_entropy`, of logits that exist.
+    """
+    hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
+    batch = _checks.head(hidden, kernel)
+    num_classes = kernel.shape[1]
+    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    if bias is not None:
+        bias = _checks.floating("bias", bias)
+        _checks.shape("bias", bias, (num_classes,))
+    labels = _checks.real("labels", labels)
+    has_ids = labels.ndim == len(batch)
+    if has_ids:
+        labels = _checks.integers("labels", labels)
+    _checks.shape("labels", labels, batch if has_ids else (*batch, num_classes))
+    ignored = _checks.integer_or_none("ignore_index", ignore_index)
+    if ignored is not None and not has_ids:
+        raise ValueError("ignore_index must be None for labels that are distributions")
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+    chunk_size = _checks.positive_or_none("chunk_size", chunk_size)
+    options = _cross_entropy.check_options(
+        dtype,
+        batch,
+        num_classes,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        weights=weights,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    if has_ids:
+        options = options.ignoring(labels, ignored)
+        labels = _cross_entropy.class_index(labels, num_classes)
+
+    head = _Head(
+        kernel.astype(dtype),
+        bias,
+        options.smoothing,
+        options.class_weights,
+        options.z_loss,
+        options.softcap,
+    )
+    examples = _Examples(hidden.astype(dtype), labels, options.weights, options.kept)
+    plans = _plans(math.prod(batch), num_classes, chunk_size, has_ids, return_aux)
+    lanes = plans.default.shape
+    examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
+
+    if forward_mode:
+        loss, aux = plans.run(_values_forward, head, examples)
+    elif reduction == "none":
+        loss, aux = _each(plans, head, examples)
+    else:
+        loss, aux = _total(plans, head, examples)
+
+    if reduction == "none":
+        loss = loss.reshape(batch)
+    else:
+        weight = _mean_weights(plans.default, head, examples)
+        loss = reduce_losses(loss, weight, reduction)
+    return (loss, jax.tree.map(lambda x: x.reshape(batch), aux)) if return_aux else loss
+
+
+# -- the data, in lanes and chunks --------------------------------------------------------------------
+# The N examples are L lanes of n, and a chunk takes c from each lane: C = L c. With a lane for each
+# device, whichever way the examples are split over the devices, each device has its part of every chunk
+# and no example travels. On one device there is one lane.
+
+
+class _Head(NamedTuple):
+    """What all examples share; None where an option is not used."""
+
+    kernel: Array  # [D, V]
+    bias: Array | None  # [V]
+    smoothing: Array | None  # scalar
+    class_weights: Array | None  # [V]
+    z_loss: Array | None  # scalar
+    softcap: Array | None  # scalar
+
+
+class _Examples(NamedTuple):
+    """What each example has of its own: [L, n, ...], and in a chunk [C, ...]."""
+
+    hidden: Array  # [..., D]
+    labels: Array  # integers [...], -1 for a bad one; or distributions [..., V]
+    weights: Array | None  # [...]
+    kept: Array | None  # bool, [...]
+
+
+class _Values(NamedTuple):
+    """What is computed of each example: [L, n], and in a chunk [C]."""
+
+    loss: Array
+    aux: CrossEntropyAux
+
+
+class _Plan(NamedTuple):
+    """How the work is laid out, all of it known when tracing."""
+
+    lanes: int  # L
+    per_lane: int  # n
+    chunk: int  # c, at least 1
+    chunk_of_values: int  # c where no gradient is computed
+    has_ids: bool
+    with_prediction: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.lanes, self.per_lane
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.per_lane / self.chunk)
+
+
+class _Plans(NamedTuple):
+    cpu: _Plan
+    default: _Plan
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(plan, *args)`, with the plan for the platform that it is compiled for."""
+        if self.cpu == self.default:
+            return fn(self.default, *args)
+        cpu, default = (functools.partial(fn, plan) for plan in self)
+        return lax.platform_dependent(*args, cpu=cpu, default=default)
+
+
+def _plans(
+    num_examples: int, num_classes: int, chunk_size: int | None, has_ids: bool, return_aux: bool
+) -> _Plans:
+    lanes = math.gcd(num_examples, jax.device_count()) if num_examples else 1
+    per_lane = num_examples // lanes
+
+    def per_chunk(budget: int, least: int, most: int) -> int:
+        size = chunk_size or min(max(budget // num_classes, least), most)
+        chunks = max(math.ceil(num_examples / size), 1)
+        return max(math.ceil(per_lane / chunks), 1)  # as even as they can be
+
+    def plan(platform: str) -> _Plan:
+        chunk, values = (per_chunk(*table[platform]) for table in (_CHUNK, _CHUNK_OF_VALUES))
+        return _Plan(lanes, per_lane, chunk, values, has_ids, return_aux)
+
+    return _Plans(plan("cpu"), plan("default"))
+
+
+def _order(plan: _Plan, live: Array | None) -> tuple[Array, Array | int]:
+    """The examples of each lane, [L, n and a chunk more], the `live` ones first, and how many those are
+    at most. Behind the last example of a lane stands n, which is none."""
+    order = jnp.broadcast_to(jnp.arange(plan.per_lane), plan.shape)
+    most: Array | int = plan.per_lane
+    if live is not None:
+        order = jnp.argsort(~live, axis=1, stable=True)
+        most = jnp.max(jnp.sum(live, axis=1, dtype=jnp.int32), initial=0)
+    return jnp.pad(order, ((0, 0), (0, plan.chunk)), constant_values=plan.per_lane), most
+
+
+def _live(examples: _Examples, *, by_weight: bool) -> Array | None:
+    """Bools, the examples that there is work for; None for all of them. A weight of 0 leaves out the
+    work only if nobody asks for the derivative by that weight."""
+    live = examples.kept
+    if by_weight and examples.weights is not None:
+        heavy = examples.weights != 0
+        live = heavy if live is None else live & heavy
+    return live
+
+
+def _chunk(plan: _Plan, examples: _Examples, ids: Array) -> _Examples:
+    """Those examples; n, which is none, is not kept. The hidden state of one that does not count is made
+    0 before an infinity or NaN in it reaches the kernel's gradient."""
+    chunk = jax.tree.map(lambda x: _take(x, ids), examples)
+    has_all = chunk.kept is None and chunk.weights is None and plan.per_lane % plan.chunk == 0
+    if not has_all:
+        exists = (ids < plan.per_lane).reshape(-1)
+        chunk = chunk._replace(kept=exists if chunk.kept is None else chunk.kept & exists)
+    clean = chunk.kept
+    if chunk.weights is not None:
+        harmless = (chunk.weights != 0) | jnp.all(jnp.isfinite(chunk.hidden), axis=-1)
+        clean = harmless if clean is None else clean & harmless
+    if clean is None:
+        return chunk
+    return chunk._replace(hidden=jnp.where(clean[:, None], chunk.hidden, 0))
+
+
+def _take_rows(x: Array, ids: Array) -> Array:
+    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]."""
+    rows = jax.vmap(lambda x, ids: jnp.take(x, ids, axis=0, mode="clip"))(x, ids)
+    return rows.reshape(-1, *x.shape[2:])
+
+
+@jax.custom_jvp
+def _take(x: Array, ids: Array) -> Array:
+    """The same, moved as bits."""
+    return _rows.from_bits(_take_rows(_rows.to_bits(x), ids), x.dtype)
+
+
+@_take.defjvp
+def _take_jvp(primals, tangents):
+    return _take(*primals), _take_rows(tangents[0], primals[1])
+
+
+def _put(x: Array, ids: Array, rows: Array) -> Array:
+    """`x` [L, n, ...] with `rows` [C, ...] at `ids` [L, c]; what has the id n goes nowhere."""
+    rows = rows.reshape(*ids.shape, *x.shape[2:])
+    return jax.vmap(lambda x, ids, rows: x.at[ids].set(rows, mode="drop"))(x, ids, rows)
+
+
+# -- values -------------------------------------------------------------------------------------------
+
+
+def _values(plan: _Plan, head: _Head, examples: _Examples) -> _Values:
+    """Not to be differentiated."""
+    return _scan(plan._replace(chunk=plan.chunk_of_values), head, examples, forward_mode=False)
+
+
+def _values_forward(plan: _Plan, head: _Head, examples: _Examples) -> _Values:
+    """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments."""
+    return _scan(plan, head, examples, forward_mode=True)
+
+
+def _scan(plan: _Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -> _Values:
+    if plan.chunks == 0:
+        return _nothing(head, plan.shape)
+    live = _live(examples, by_weight=not forward_mode)
+    order, most = _order(plan, live)
+    ids = order[:, : plan.chunks * plan.chunk]
+    starts = jnp.arange(plan.chunks) * plan.chunk
+
+    @jax.checkpoint
+    def values(head, examples, ids):
+        chunk = _chunk(plan, examples, ids)
+        logits = _logits(head, chunk.hidden)
+        losses = _losses(plan, head, chunk, logits, forward_mode)
+        return _Values(losses.loss, _aux(plan, chunk, logits, losses.log_normalizer))
+
+    def step(_, start):
+        here = lax.dynamic_slice_in_dim(ids, start, plan.chunk, axis=1)
+        if live is None:
+            return None, values(head, examples, here)
+        nothing = _nothing(head, (here.size,))
+        return None, lax.cond(start < most, lambda: values(head, examples, here), lambda: nothing)
+
+    _, chunks = lax.scan(step, None, starts)
+
+    def in_place(x, rows):
+        rows = rows.reshape(plan.chunks, plan.lanes, plan.chunk).swapaxes(0, 1)
+        return _put(x, ids, rows.reshape(ids.shape))
+
+    return jax.tree.map(in_place, _nothing(head, plan.shape), chunks)
+
+
+def _nothing(head: _Head, shape: tuple[int, ...]) -> _Values:
+    """The values of examples that do not count."""
+    zeros = jnp.zeros(shape, _rows.compute_dtype(head.kernel.dtype))
+    return _Values(zeros, CrossEntropyAux(zeros, jnp.full(shape, -1, jnp.int32)))
+
+
+def _logits(head: _Head, hidden: Array) -> Array:
+    logits = _dot(hidden, head.kernel)
+    return logits if head.bias is None else logits + head.bias.astype(logits.dtype)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """The matrix product; of 16-bit operands in float32."""
+    return jnp.matmul(a, b, preferred_element_type=_rows.compute_dtype(a.dtype))
+
+
+def _options(head: _Head, examples: _Examples) -> Options:
+    return Options(
+        examples.kept,
+        examples.weights,
+        head.smoothing,
+        head.class_weights,
+        head.z_loss,
+        head.softcap,
+    )
+
+
+def _losses(
+    plan: _Plan, head: _Head, chunk: _Examples, logits: Array, forward_mode: bool
+) -> Losses:
+    options = _options(head, chunk)
+    view = _cross_entropy.logits_view(logits, options)
+    if plan.has_ids:
+        return _cross_entropy.label_losses(view, chunk.labels, options, forward_mode)
+    return _cross_entropy.target_losses(view, chunk.labels, (1,), options, forward_mode)
+
+
+def _mean_weights(plan: _Plan, head: _Head, examples: _Examples) -> Array:
+    """What a mean divides by, of each example."""
+    options, dtype = _options(head, examples), _rows.compute_dtype(head.kernel.dtype)
+    if plan.has_ids:
+        return _cross_entropy.label_weights(examples.labels, options, dtype)
+    return _cross_entropy.example_weights(options, plan.shape, dtype)
+
+
+def _aux(plan: _Plan, chunk: _Examples, logits: Array, log_normalizer: Array) -> CrossEntropyAux:
+    prediction = jnp.full(log_normalizer.shape, -1, jnp.int32)
+    if plan.with_prediction:
+        prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        counts = _live(chunk, by_weight=True)
+        prediction = prediction if counts is None else jnp.where(counts, prediction, -1)
+    return CrossEntropyAux(log_normalizer, prediction)
+
+
+# -- gradients ----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _gradients(
+    plan: _Plan,
+    wanted: frozenset[str],
+    head: _Head,
+    examples: _Examples,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[_Values, dict[str, Array]]:
+    """The values, and the cotangents of those fields of `head` and `examples` that are wanted: in the
+    compute dtype for the head, which sums them up, and in their own for the examples."""
+    live = _live(examples, by_weight="weights" not in wanted)
+    order, most = _order(plan, live)
+    of_head = {
+        k: jnp.zeros(x.shape, _rows.compute_dtype(head.kernel.dtype))
+        for k, x in head._asdict().items()
+        if k in wanted
+    }
+    of_examples = {
+        k: _rows.to_bits(jnp.zeros_like(x)) for k, x in examples._asdict().items() if k in wanted
+    }
+
+    def add(start, size, carry):
+        values, of_head, of_examples = carry
+        ids = lax.dynamic_slice_in_dim(order, start, size, axis=1)
+        chunk = _chunk(plan, examples, ids)
+        g = _take(g_loss, ids), _take(g_log_normalizer, ids)
+        new, of_head, of_chunk = _add_chunk(plan, wanted, head, chunk, *g, of_head)
+        return (
+            jax.tree.map(lambda x, rows: _put(x, ids, rows), values, new),
+            of_head,
+            {k: _put(x, ids, _rows.to_bits(of_chunk[k])) for k, x in of_examples.items()},
+        )
+
+    carry = _nothing(head, plan.shape), of_head, of_examples
+    if plan.chunks == 0:
+        pass
+    elif live is None:
+        carry = lax.fori_loop(
+            0, plan.chunks, lambda i, x: add(i * plan.chunk, plan.chunk, x), carry
+        )
+    else:  # whole chunks, and the rest in quarters
+        whole, quarter = most // plan.chunk, math.ceil(plan.chunk / 4)
+        done = whole * plan.chunk
+        rest = (most - done + quarter - 1) // quarter
+        carry = lax.fori_loop(0, whole, lambda i, x: add(i * plan.chunk, plan.chunk, x), carry)
+        carry = lax.fori_loop(0, rest, lambda i, x: add(done + i * quarter, quarter, x), carry)
+    values, of_head, of_examples = carry
+    of_examples = {
+        k: _rows.from_bits(x, getattr(examples, k).dtype) for k, x in of_examples.items()
+    }
+    return values, of_head | of_examples
+
+
+@_gradients.defjvp
+def _gradients_jvp(plan, wanted, primals, tangents):
+    # A loop whose length is known at run time only cannot be differentiated in reverse mode.
+    def gradients(head, examples, g_loss, g_log_normalizer):
+        def values(moving):
+            values = _values_forward(plan, *_replace(head, examples, moving))
+            return (values.loss, values.aux.log_normalizer), values
+
+        fields = head._asdict() | examples._asdict()
+        _, pull, out = jax.vjp(values, {k: fields[k] for k in wanted}, has_aux=True)
+        gradients = pull((g_loss, g_log_normalizer))[0]
+        wide = _rows.compute_dtype(head.kernel.dtype)
+        return out, {k: g.astype(wide) if k in head._fields else g for k, g in gradients.items()}
+
+    return jax.jvp(gradients, primals, tangents)
+
+
+def _replace(head: _Head, examples: _Examples, fields: dict[str, Array]) -> tuple[_Head, _Examples]:
+    return (
+        head._replace(**{k: x for k, x in fields.items() if k in head._fields}),
+        examples._replace(**{k: x for k, x in fields.items() if k in examples._fields}),
+    )
+
+
+def _add_chunk(
+    plan: _Plan,
+    wanted: frozenset[str],
+    head: _Head,
+    chunk: _Examples,
+    g_loss: Array,
+    g_log_normalizer: Array,
+    of_head: dict[str, Array],
+) -> tuple[_Values, dict[str, Array], dict[str, Array]]:
+    """The values of a chunk, `of_head` with its part added, and the cotangents of its examples. Storey 2
+    gives that of the logits, and matrix products carry it on."""
+    logits = _logits(head, chunk.hidden)
+    fields = head._asdict() | chunk._asdict()
+    inner = {k: fields[k] for k in wanted - {"hidden", "kernel", "bias"}}
+
+    def losses(logits, inner):
+        return _losses(plan, *_replace(head, chunk, inner), logits, False)
+
+    out, pull = jax.vjp(losses, logits, inner)
+    g, gradients = pull(Losses(g_loss, jnp.zeros_like(g_loss), g_log_normalizer))
+    if "bias" in wanted:
+        gradients["bias"] = jnp.sum(g, axis=0)
+    of_hidden, of_kernel = _back(
+        chunk.hidden, head.kernel, g, of_head.get("kernel"), "hidden" in wanted
+    )
+    if of_hidden is not None:
+        counts = _live(chunk, by_weight=True)
+        gradients["hidden"] = (
+            of_hidden if counts is None else jnp.where(counts[:, None], of_hidden, 0)
+        )
+    added = {k: x + gradients[k] for k, x in of_head.items() if k != "kernel"}
+    if of_kernel is not None:
+        added["kernel"] = of_kernel
+    values = _Values(out.loss, _aux(plan, chunk, logits, out.log_normalizer))
+    return values, added, gradients
+
+
+def _back(
+    hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, of_hidden: bool
+) -> tuple[Array | None, Array | None]:
+    """`g kernel^T` in the dtype of `hidden` if it is wanted, and `of_kernel + hidden^T g` if that is."""
+
+    def at_once(hidden, kernel, g, of_kernel):
+        g = g.astype(kernel.dtype)  # to multiply 16-bit numbers by such
+        return (
+            _dot(g, kernel.T).astype(hidden.dtype) if of_hidden else None,
+            None if of_kernel is None else of_kernel + _dot(hidden.T, g),
+        )
+
+    # On CPU the sum would be of two arrays [D, V], and a product with a 16-bit kernel transposed would
+    # widen all of it. In tiles of classes both are small, and the first is nearly twice as fast.
+    def in_tiles(hidden, kernel, g, of_kernel):
+        num_classes = kernel.shape[1]
+        width = math.ceil(num_classes / _TILES)
+        narrow = kernel.dtype.itemsize == 2
+        bits, wide = _rows.to_bits(kernel), hidden.astype(g.dtype)
+
+        def step(i, carry):
+            of_hidden, of_kernel = carry
+            start = jnp.minimum(i * width, num_classes - width)
+            tile = functools.partial(
+                lax.dynamic_slice_in_dim, start_index=start, slice_size=width, axis=1
+            )
+            new = start + jnp.arange(width) >= i * width  # the last tile overlaps the one before
+            part = jnp.where(new, tile(g), 0)
+            if of_hidden is not None:
+                columns = _rows.from_bits(tile(bits), kernel.dtype).astype(g.dtype)
+                of_hidden += part @ columns.T
+            if of_kernel is not None:
+                of_kernel = lax.dynamic_update_slice_in_dim(
+                    of_kernel, tile(of_kernel) + wide.T @ part, start, axis=1
+                )
+            return of_hidden, of_kernel
+
+        by_tile = jnp.zeros_like(wide) if of_hidden and narrow else None
+        by_tile, of_kernel = lax.fori_loop(0, _TILES, step, (by_tile, of_kernel))
+        if of_hidden and not narrow:
+            by_tile = _dot(g, kernel.T)
+        return (by_tile.astype(hidden.dtype) if of_hidden else None), of_kernel
+
+    if kernel.shape[1] < _TILED:
+        return at_once(hidden, kernel, g, of_kernel)
+    return lax.platform_dependent(hidden, kernel, g, of_kernel, cpu=in_tiles, default=at_once)
+
+
+# -- rules --------------------------------------------------------------------------------------------
+
+
+def _unwrap(head, examples) -> tuple[frozenset[str], _Head, _Examples]:
+    """The fields that are differentiated, and what `symbolic_zeros` wraps."""
+    fields = head._asdict() | examples._asdict()
+    wanted = frozenset(k for k, x in fields.items() if x is not None and x.perturbed)
+    return (wanted, *jax.tree.map(lambda x: x.value, (head, examples), is_leaf=_is_wrapped))
+
+
+def _is_wrapped(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _cotangents(head: _Head, examples: _Examples, gradients: dict[str, Array]):
+    """As the arguments are laid out, in their dtypes; None for those that are not differentiated."""
+
+    def of(fields):
+        typed = {k: gradients[k].astype(x.dtype) for k, x in fields.items() if k in gradients}
+        return dict.fromkeys(fields) | typed
+
+    return _Head(**of(head._asdict())), _Examples(**of(examples._asdict()))
+
+
+def _run_gradients(plans: _Plans, wanted: frozenset[str], *args):
+    def gradients(plan, *args):
+        return _gradients(plan, wanted, *args)
+
+    return plans.run(gradients, *args)
+
+
+def _dense(g, like: Array) -> Array:
+    return jnp.zeros_like(like) if isinstance(g, SymbolicZero) else g
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(plans: _Plans, head: _Head, examples: _Examples) -> tuple[Array, CrossEntropyAux]:
+    """The sum of the losses. When it is differentiated, its gradients are computed with it."""
+    values = plans.run(_values, head, examples)
+    return jnp.sum(values.loss), values.aux
+
+
+def _total_fwd(plans, head, examples):
+    wanted, head, examples = _unwrap(head, examples)
+    zeros = _nothing(head, plans.default.shape).loss
+    values, gradients = _run_gradients(plans, wanted, head, examples, jnp.ones_like(zeros), zeros)
+    return (jnp.sum(values.loss), values.aux), (head, examples, gradients)
+
+
+def _total_bwd(plans, residuals, cotangents):
+    head, examples, gradients = residuals
+    g, g_log_normalizer = cotangents[0], cotangents[1].log_normalizer
+    zeros = _nothing(head, plans.default.shape).loss
+    g = _dense(g, jnp.zeros((), zeros.dtype))
+    if isinstance(g_log_normalizer, SymbolicZero):
+        gradients = {k: g * x.astype(g.dtype) for k, x in gradients.items()}
+    else:  # it is not known to be 0: then the gradients that were computed are not the ones asked for
+        _, gradients = _run_gradients(
+            plans, frozenset(gradients), head, examples, zeros + g, g_log_normalizer
+        )
+    return _cotangents(head, examples, gradients)
+
+
+_total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each(plans: _Plans, head: _Head, examples: _Examples) -> _Values:
+    """The losses one by one. Their gradients take the logits once more."""
+    return plans.run(_values, head, examples)
+
+
+def _each_fwd(plans, head, examples):
+    wanted, head, examples = _unwrap(head, examples)
+    return plans.run(_values, head, examples), (head, examples, dict.fromkeys(wanted))
+
+
+def _each_bwd(plans, residuals, cotangents):
+    head, examples, wanted = residuals
+    zeros = _nothing(head, plans.default.shape).loss
+    g = _dense(cotangents.loss, zeros), _dense(cotangents.aux.log_normalizer, zeros)
+    _, gradients = _run_gradients(plans, frozenset(wanted), head, examples, *g)
+    return _cotangents(head, examples, gradients)
+
+
+_each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
