@@ -1,18 +1,25 @@
-"""Evaluates an ensemble of digit readers, every model and every class in one call, with jax_sce.
+"""Evaluates an ensemble of digit readers and a language model, with jax_sce.
 
     python examples/evaluate.py [--quick] [--out FOLDER]
 
-Eight seeds of the network of `train_digits.py` are trained together under `jax.vmap`, on a quarter
-of the digits only, so that there are mistakes to look at. One jitted call then gives the loss of
-each class, the accuracy and the calibration of each model, and of the ensemble that averages their
-probabilities: `jax.vmap` over models, and within it over classes.
+The digits: eight seeds of the network of `train_digits.py` are trained together under `jax.vmap`,
+on a quarter of the digits only, so that there are mistakes to look at. One jitted call then gives
+the loss of each class, the accuracy and the calibration of each model, and of the ensemble that
+averages their probabilities: `jax.vmap` over models, and within it over classes.
 
-Time: about 30 seconds on two CPU cores; `--quick` trains 2 models for 3 epochs, about 10 seconds.
+The language model: a small one of `train_language_model.py`, trained briefly. The fused head gives
+the loss of each held-out token, the model's prediction and the log-normalizer, hence its confidence
+and the perplexity and accuracy of each held-out file, and the logits of the text never exist.
 
-Draws `evaluate.png`: loss by class, reliability diagram, and the digits that are hardest to read.
+Time: one to two minutes on two CPU cores, the first run half a minute more to encode the text;
+`--quick` does all of it, much smaller, in less than a minute.
+
+Draws `evaluate.png`: loss by class, reliability diagram, and the digits that are hardest to read;
+and `evaluate_language_model.png`: the hardest and easiest files, and the reliability of the tokens.
 """
 
 import argparse
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +28,17 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import train_language_model as language
+from flax import nnx
 from jax import Array
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from train_digits import BLUE, ORANGE, Digits, Params, init, load, predict, train_epoch
 
-from jax_sce import softmax_cross_entropy_with_integer_labels
+from jax_sce import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+
+# --- the digits ----------------------------------------------------------------------------------
 
 CLASSES = 10
 BINS = 10  # of confidence, equally wide
@@ -160,9 +171,160 @@ def draw(report: Report, digits: Digits, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+# --- the language model --------------------------------------------------------------------------
+
+TEXT = language.Config(vocabulary=2048, width=64, depth=2, steps=100, evaluations=4)
+QUICK_TEXT = dataclasses.replace(TEXT, vocabulary=512, files=200, depth=1, steps=30, evaluations=1)
+IGNORED = -100  # as a label: the padding after the end of a file
+LEAST = 100  # tokens of a file; of fewer, a mean says little
+EXTREMES = 5  # of the hardest files, and as many of the easiest
+
+
+class TokenReport(NamedTuple):
+    """What is measured of each held-out token."""
+
+    loss: np.ndarray  # [N], float
+    correct: np.ndarray  # [N], bool, whether it was the prediction
+    confidence: np.ndarray  # [N], the probability that the model gave its prediction
+
+
+@nnx.jit
+def measure_tokens(model: language.Transformer, windows: Array) -> TokenReport:
+    """Windows [batches, B, T + 1] of tokens; every field comes back as [batches, B, T]."""
+
+    def measure_batch(batch: Array) -> TokenReport:
+        labels = batch[:, 1:]
+        # Padding is read as token 0; it comes last, and no token sees one that comes after it.
+        hidden = model.hidden(jnp.maximum(batch[:, :-1], 0))
+        embedding = model.embedding.embedding[...]
+        loss, aux = linear_softmax_cross_entropy(
+            hidden, embedding.T, labels, ignore_index=IGNORED, reduction="none", return_aux=True
+        )
+        # One logit for each token, that of the prediction, is all that its probability needs.
+        logit = (hidden * embedding[aux.prediction]).sum(-1)
+        return TokenReport(loss, aux.prediction == labels, jnp.exp(logit - aux.log_normalizer))
+
+    return jax.lax.map(measure_batch, windows)
+
+
+def measure_files(
+    model: language.Transformer, corpus: language.Corpus, config: language.Config
+) -> dict[str, TokenReport]:
+    """Reports on every token of each held-out file, with the model's context or less before it."""
+    starts = np.flatnonzero(corpus.validation == corpus.tokenizer.token_to_id(language.END_OF_FILE))
+    files = np.split(corpus.validation, starts[1:])
+    windows = np.concatenate([file_windows(tokens, config) for tokens in files])
+    padding = (0, -len(windows) % config.batch), (0, 0)
+    batches = np.pad(windows, padding, constant_values=IGNORED)
+    batches = batches.reshape(-1, config.batch, config.context + 1)
+    report = jax.device_get(measure_tokens(model, batches))
+
+    counted = batches[..., 1:] != IGNORED
+    ends = np.cumsum([len(tokens) - 1 for tokens in files])[:-1]
+    fields = zip(*(np.split(field[counted], ends) for field in report), strict=True)
+    named = zip(corpus.held_out, fields, strict=True)
+    return {name: TokenReport(*field) for name, field in named}
+
+
+def file_windows(tokens: np.ndarray, config: language.Config) -> np.ndarray:
+    """Windows [count, T + 1], padded, in which each token but the first is a label once."""
+    count = -(-(len(tokens) - 1) // config.context)
+    padded = np.full(count * config.context + 1, IGNORED, np.int32)
+    padded[: len(tokens)] = tokens
+    return language.windows_at(padded, config.context * np.arange(count), config)
+
+
+def rank(files: dict[str, TokenReport]) -> tuple[dict[str, TokenReport], dict[str, TokenReport]]:
+    """The hardest and the easiest files by the loss of a token, each sorted, hardest first."""
+    long = [name for name, report in files.items() if report.loss.size >= LEAST]
+    ranked = sorted(long, key=lambda name: -files[name].loss.mean())
+    extremes = min(EXTREMES, len(ranked) // 2)
+    hardest, easiest = ranked[:extremes], ranked[len(ranked) - extremes :]
+    return {name: files[name] for name in hardest}, {name: files[name] for name in easiest}
+
+
+def all_tokens(files: dict[str, TokenReport]) -> TokenReport:
+    return TokenReport(*(np.concatenate(field) for field in zip(*files.values(), strict=True)))
+
+
+def show_files(files: dict[str, TokenReport]) -> Table:
+    table = Table(title="The hardest and the easiest held-out files, loss in nats per token")
+    table.add_column("file", overflow="fold")
+    for heading in ("tokens", "loss", "perplexity", "accuracy", "confidence"):
+        table.add_column(heading, justify="right")
+    for part in (*rank(files), {f"all {len(files)} files": all_tokens(files)}):
+        for name, report in part.items():
+            table.add_row(
+                name,
+                f"{report.loss.size:,}",
+                f"{report.loss.mean():.3f}",
+                f"{np.exp(report.loss.mean()):,.1f}",
+                f"{report.correct.mean():.1%}",
+                f"{report.confidence.mean():.1%}",
+            )
+        table.add_section()
+    return table
+
+
+def draw_files(files: dict[str, TokenReport], path: Path) -> None:
+    figure, (by_file, reliability) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    tokens = all_tokens(files)
+
+    styles = (("hardest", ORANGE, "s"), ("easiest", BLUE, "o"))
+    for part, (label, color, marker) in zip(rank(files), styles, strict=True):
+        losses = [report.loss.mean() for report in part.values()]
+        by_file.plot(losses, list(part), marker, color=color, label=label)
+        for name, loss in zip(part, losses, strict=True):
+            accuracy = f"{part[name].correct.mean():.0%}"
+            by_file.annotate(
+                accuracy, (loss, name), (7, 0), textcoords="offset points", va="center"
+            )
+    by_file.axvline(tokens.loss.mean(), color="black", linestyle=":", label="all files")
+    by_file.invert_yaxis()
+    by_file.margins(x=0.12)
+    by_file.set(title="Held-out files, and their top-1 accuracy", xlabel="loss (nats per token)")
+
+    # As many tokens in each bin: a model that is rarely sure has few of them at high confidence.
+    bins = np.array_split(np.argsort(tokens.confidence), BINS)
+    confidence = np.array([tokens.confidence[i].mean() for i in bins])
+    share = np.array([tokens.correct[i].mean() for i in bins])
+    error = np.sqrt(share * (1 - share) / [len(i) for i in bins])
+    reliability.errorbar(
+        100 * confidence, 100 * share, 100 * error, color=BLUE, marker="o", capsize=3,
+        label=f"the model, {np.abs(confidence - share).mean():.1%} from it on average",
+    )  # fmt: skip
+    reliability.axline((0, 0), slope=1, color="black", linestyle=":", label="calibration")
+    top = 110 * max(confidence.max(), share.max())
+    reliability.set(
+        title="Reliability (± standard error)", xlabel="confidence (%)",
+        ylabel="tokens predicted right (%)", xlim=(0, top), ylim=(0, top),
+    )  # fmt: skip
+    for axis in (by_file, reliability):
+        axis.legend()
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def evaluate_language_model(config: language.Config, console: Console, path: Path) -> None:
+    with console.status("Reading the standard library"):
+        corpus = language.load_corpus(config)
+    # As in training: a short text can fill no large vocabulary.
+    config = dataclasses.replace(config, vocabulary=corpus.tokenizer.get_vocab_size())
+    model = language.Transformer(config, nnx.Rngs(0))
+    language.train(model, corpus, language.LOSSES["fused"], config, 0, console)
+    files = measure_files(model, corpus, config)
+    console.print(show_files(files))
+    draw_files(files, path)
+    console.print(f"Drawn to {path}")
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 models, 3 epochs")
+    parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
     output = Path(__file__).parent / "output"
     parser.add_argument("--out", type=Path, default=output, help="for pictures")
     args = parser.parse_args()
@@ -176,6 +338,9 @@ def main() -> None:
     console.print(show(report))
     draw(report, jax.device_get(test), args.out / "evaluate.png")
     console.print(f"Drawn to {args.out / 'evaluate.png'}")
+
+    text = QUICK_TEXT if args.quick else TEXT
+    evaluate_language_model(text, console, args.out / "evaluate_language_model.png")
 
 
 if __name__ == "__main__":

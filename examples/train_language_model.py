@@ -10,8 +10,13 @@ from the size of the vocabulary, 8192 (it knows nothing), to about 135, a sixtie
 
 It shows the progress live, writes `language_model.png` (perplexity of the training and the
 held-out text against the tokens seen), lets the model write a few lines of Python, and prints the
-figures. `--loss optax` runs the same with optax's loss, and should draw the same curve; `--quick`
-runs all of it, much smaller, in half a minute.
+figures. `--quick` runs all of it, much smaller, in half a minute.
+
+The loss is the fused head, `linear_softmax_cross_entropy`: it takes the hidden states and the
+embedding, and the logits of the whole batch never exist. `--loss logits` and `--loss optax` make
+them, for this library's loss and optax's, and should draw the same curve. `--compare` trains a few
+steps with each of the three instead, side by side, and shows the memory of the loss, the time of a
+step and that the curves agree, in a table and in `compare_losses.png`; try it with `--vocab 32768`.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import (
@@ -46,18 +51,36 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )
 from rich.syntax import Syntax
+from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jax_sce import softmax_cross_entropy_with_integer_labels
+from jax_sce import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
-# Each takes logits [batch, time, vocabulary] and labels [batch, time] to the mean loss.
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
-LOSSES: dict[str, Loss] = {
-    "jax_sce": partial(softmax_cross_entropy_with_integer_labels, reduction="mean"),
-    "optax": lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean(),
-}
+# Takes hidden states [B, T, D], the embedding [V, D] and labels [B, T] to the mean loss.
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def fused_loss(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
+    return linear_softmax_cross_entropy(hidden, embedding.T, labels, reduction="mean")
+
+
+def logits_loss(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = hidden @ embedding.T
+    return softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
+
+
+def optax_loss(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = hidden @ embedding.T
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+LOSSES: dict[str, Loss] = {"fused": fused_loss, "logits": logits_loss, "optax": optax_loss}
+MAX_VOCABULARY = 65536
+
+BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind readers, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +111,20 @@ SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 SKIPPED |= {"site-packages", "dist-packages", "__pycache__"}
 
 
-def load_corpus(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
-    """Returns the tokenizer and the tokens for training and validation, built at the first call."""
+class Corpus(NamedTuple):
+    tokenizer: Tokenizer
+    training: np.ndarray  # the tokens of all files, END_OF_FILE before each
+    validation: np.ndarray  # those of the held-out files
+    held_out: list[str]  # the names of these, in the same order
+
+
+def load_corpus(config: Config) -> Corpus:
+    """Returns the tokens of the standard library, cut and encoded at the first call."""
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
     paths = [path for path in paths if not SKIPPED & set(path.parts)][: config.files]
+    held_out = paths[::20]
+    training = [path for i, path in enumerate(paths) if i % 20]
 
     # The name of the cache tells all that it depends on, so a stale one is never read.
     files = [(path.as_posix(), (library / path).stat().st_size) for path in paths]
@@ -101,7 +133,10 @@ def load_corpus(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     cache = root / f"stdlib-{config.vocabulary}-{hashlib.sha256(key).hexdigest()[:16]}"
 
     if not cache.is_dir():
-        texts = [(library / path).read_text("utf-8", errors="replace") for path in paths]
+        texts = {
+            name: [(library / path).read_text("utf-8", errors="replace") for path in part]
+            for name, part in [("training", training), ("validation", held_out)]
+        }
         root.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed when complete: a run cut short leaves nothing half-written.
         with tempfile.TemporaryDirectory(dir=root) as temporary:
@@ -115,14 +150,16 @@ def load_corpus(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
                     raise
 
     tokenizer = Tokenizer.from_file(str(cache / "tokenizer.json"))
-    return tokenizer, np.load(cache / "training.npy"), np.load(cache / "validation.npy")
+    return Corpus(
+        tokenizer,
+        np.load(cache / "training.npy"),
+        np.load(cache / "validation.npy"),
+        [path.as_posix() for path in held_out],
+    )
 
 
-def build_corpus(texts: list[str], vocabulary: int, folder: Path) -> None:
-    """Holds out every twentieth file, trains the tokenizer on the others and encodes both."""
-    validation = texts[::20]
-    training = [text for i, text in enumerate(texts) if i % 20]
-
+def build_corpus(texts: dict[str, list[str]], vocabulary: int, folder: Path) -> None:
+    """Trains the tokenizer on the training texts, and encodes these and those for validation."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,10 +169,10 @@ def build_corpus(texts: list[str], vocabulary: int, folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that any text can be encoded
         show_progress=False,
     )
-    tokenizer.train_from_iterator(training, trainer)
+    tokenizer.train_from_iterator(texts["training"], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    for name, part in [("training", training), ("validation", validation)]:
+    for name, part in texts.items():
         encoded = tokenizer.encode_batch([END_OF_FILE + text for text in part])
         np.save(
             folder / f"{name}.npy", np.concatenate([np.array(e.ids, np.int32) for e in encoded])
@@ -186,8 +223,11 @@ class Transformer(nnx.Module):
         self.blocks = nnx.Sequential(*[Block(config, rngs) for _ in range(config.depth)])
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, V]
-        return self.embedding.attend(self.norm(self.blocks(self.embedding(tokens))))
+    def hidden(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+        return self.norm(self.blocks(self.embedding(tokens)))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V]
+        return self.embedding.attend(hidden)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -205,14 +245,17 @@ def make_optimizer(model: Transformer, config: Config) -> nnx.Optimizer:
     return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), adamw), wrt=nnx.Param)
 
 
+def mean_loss(model: Transformer, windows: jax.Array, loss: Loss) -> jax.Array:
+    """The mean loss of windows [B, T + 1], in which each token but the first is to be predicted."""
+    return loss(model.hidden(windows[:, :-1]), model.embedding.embedding[...], windows[:, 1:])
+
+
 @partial(nnx.jit, static_argnames="loss", donate_argnames=("model", "optimizer"))
 def train_step(
     model: Transformer, optimizer: nnx.Optimizer, windows: jax.Array, loss: Loss
 ) -> jax.Array:
     """One update of the model from windows [B, T + 1]; returns the loss before it."""
-    value, gradient = nnx.value_and_grad(
-        lambda model: loss(model(windows[:, :-1]), windows[:, 1:])
-    )(model)
+    value, gradient = nnx.value_and_grad(mean_loss)(model, windows, loss)
     optimizer.update(model, gradient)
     return value
 
@@ -220,7 +263,17 @@ def train_step(
 @partial(nnx.jit, static_argnames="loss")
 def evaluate(model: Transformer, windows: jax.Array, loss: Loss) -> jax.Array:
     """The mean loss over windows [batches, B, T + 1], one batch at a time to save memory."""
-    return jax.lax.map(lambda batch: loss(model(batch[:, :-1]), batch[:, 1:]), windows).mean()
+    return jax.lax.map(lambda batch: mean_loss(model, batch, loss), windows).mean()
+
+
+def windows_at(tokens: np.ndarray, starts: np.ndarray, config: Config) -> np.ndarray:
+    """The windows of T + 1 tokens that start there: [starts..., T + 1]."""
+    return tokens[starts[..., None] + np.arange(config.context + 1)]
+
+
+def random_windows(tokens: np.ndarray, draws: np.random.Generator, config: Config) -> np.ndarray:
+    starts = draws.integers(len(tokens) - config.context, size=config.batch)
+    return windows_at(tokens, starts, config)
 
 
 class History(NamedTuple):
@@ -231,20 +284,16 @@ class History(NamedTuple):
 
 def train(
     model: Transformer,
-    training_tokens: np.ndarray,
-    validation_tokens: np.ndarray,
+    corpus: Corpus,
     loss: Loss,
     config: Config,
     seed: int,
     console: Console,
 ) -> History:
-    def windows(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        return tokens[starts[..., None] + np.arange(config.context + 1)]
-
     # The same windows at every validation, spread evenly over the held-out files.
-    last = len(validation_tokens) - config.context - 1
+    last = len(corpus.validation) - config.context - 1
     starts = np.linspace(0, last, config.validation_batches * config.batch, dtype=np.int64)
-    held_out = windows(validation_tokens, starts.reshape(-1, config.batch))
+    held_out = windows_at(corpus.validation, starts.reshape(-1, config.batch), config)
 
     optimizer = make_optimizer(model, config)
     history = History([], {0: float(evaluate(model, held_out, loss))}, [])
@@ -255,8 +304,7 @@ def train(
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
         task = progress.add_task("compiling", total=config.steps)
         for step in range(1, config.steps + 1):
-            starts = draws.integers(len(training_tokens) - config.context, size=config.batch)
-            batch = windows(training_tokens, starts)
+            batch = random_windows(corpus.training, draws, config)
             start = time.perf_counter()
             # Reading the loss waits for the step to end, as the clock must.
             history.training.append(float(train_step(model, optimizer, batch, loss)))
@@ -280,6 +328,104 @@ def tokens_per_second(history: History, config: Config) -> float:
     return config.batch * config.context / statistics.median(history.seconds)
 
 
+# --- the losses compared -------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    mebibytes: float  # that the loss and its gradient take besides their arguments and results
+    losses: list[float]  # of every step, before its update
+    seconds: list[float]  # of every step
+
+
+def compare(corpus: Corpus, config: Config, seed: int) -> dict[str, Measured]:
+    """Trains the same model on the same text with each loss."""
+    models = {name: Transformer(config, nnx.Rngs(seed)) for name in LOSSES}
+    optimizers = {name: make_optimizer(model, config) for name, model in models.items()}
+    measured = {name: Measured(mebibytes(loss, config), [], []) for name, loss in LOSSES.items()}
+    draws = np.random.default_rng(seed)
+    for _ in track(range(config.steps), "comparing", transient=True):
+        batch = random_windows(corpus.training, draws, config)
+        # In turns, so that other work on the machine slows all of them alike.
+        for name, loss in LOSSES.items():
+            start = time.perf_counter()
+            measured[name].losses.append(
+                float(train_step(models[name], optimizers[name], batch, loss))
+            )
+            measured[name].seconds.append(time.perf_counter() - start)
+    return measured
+
+
+def mebibytes(loss: Loss, config: Config) -> float:
+    """The temporary memory of the compiled loss with its gradients, at the shapes of training."""
+    hidden = jax.ShapeDtypeStruct((config.batch, config.context, config.width), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((config.vocabulary, config.width), jnp.float32)
+    labels = jax.ShapeDtypeStruct((config.batch, config.context), jnp.int32)
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(hidden, embedding, labels).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def median_milliseconds(measured: Measured) -> float:
+    return 1000 * statistics.median(measured.seconds[1:])  # the first step compiles
+
+
+def disagreement(measured: dict[str, Measured]) -> float:
+    """The largest relative difference between two losses of the same step."""
+    losses = np.array([m.losses for m in measured.values()])
+    return float(np.max(np.ptp(losses, axis=0) / losses.min(axis=0)))
+
+
+def show_comparison(measured: dict[str, Measured]) -> Table:
+    table = Table("loss", title="Three losses, the same training", caption_justify="left")
+    for heading in ("temporary memory", "median step", "to optax's", "first loss", "last loss"):
+        table.add_column(heading, justify="right")
+    optax_time = median_milliseconds(measured["optax"])
+    for name, m in measured.items():
+        table.add_row(
+            name,
+            f"{m.mebibytes:,.1f} MiB",
+            f"{median_milliseconds(m):,.1f} ms",
+            f"{median_milliseconds(m) / optax_time:.2f}",
+            f"{m.losses[0]:.6f}",
+            f"{m.losses[-1]:.6f}",
+        )
+    table.caption = f"Largest relative difference of the losses: {disagreement(measured):.1e}"
+    return table
+
+
+def draw_comparison(path: Path, measured: dict[str, Measured], config: Config) -> None:
+    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
+    memory, step_time, curves = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
+    colors = dict(zip(measured, (BLUE, VERMILION, GREEN), strict=True))
+
+    for axes, format, values in [
+        (memory, "{:,.1f}", [m.mebibytes for m in measured.values()]),
+        (step_time, "{:,.0f}", [median_milliseconds(m) for m in measured.values()]),
+    ]:
+        bars = axes.bar(list(measured), values, color=colors.values())
+        axes.bar_label(bars, fmt=format, padding=2)
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    memory.set(title="Loss and gradient", ylabel="temporary memory (MiB)")
+    step_time.set(title="Training step", ylabel="median time (ms)")
+
+    # One upon another, as they should be: each narrower than the one below it.
+    for (name, m), width in zip(measured.items(), (7, 4, 1.5), strict=True):
+        curves.plot(range(1, config.steps + 1), m.losses, color=colors[name], lw=width, label=name)
+    curves.set(
+        title=f"The same curve, within {disagreement(measured):.0e} of it",
+        xlabel="step", ylabel="training loss (nats per token)",
+    )  # fmt: skip
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    curves.grid(alpha=0.3)
+    curves.legend()
+
+    tokens = config.batch * config.context
+    figure.suptitle(f"{tokens:,} tokens, {config.width} features, {config.vocabulary:,} classes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 
@@ -288,7 +434,8 @@ def next_token(
     model: Transformer, window: jax.Array, length: int, temperature: float, key: jax.Array
 ) -> jax.Array:
     """Draws the token after the first `length` of window [T]; a causal model sees no others."""
-    return jax.random.categorical(key, model(window[None])[0, length - 1] / temperature)
+    logits = model.logits(model.hidden(window[None])[0, length - 1])
+    return jax.random.categorical(key, logits / temperature)
 
 
 def write(model: Transformer, tokenizer: Tokenizer, prompt: str, config: Config, seed: int) -> str:
@@ -309,16 +456,15 @@ def draw(path: Path, history: History, config: Config, title: str) -> None:
     """Draws the perplexity of the training and of the held-out text against the tokens seen."""
     tokens_per_step = config.batch * config.context / 1000
     steps, validation = zip(*history.validation.items(), strict=True)
-    blue, vermilion = "#0072b2", "#d55e00"  # told apart by colour-blind readers, too
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     uniform = f"uniform guess: {config.vocabulary:,}"
     axes.axhline(config.vocabulary, color="0.4", linestyle="--", label=uniform)
     x = tokens_per_step * np.arange(len(history.training))
-    axes.plot(x, np.exp(history.training), color=blue, lw=0.8, label="training, each batch")
+    axes.plot(x, np.exp(history.training), color=BLUE, lw=0.8, label="training, each batch")
     x = tokens_per_step * np.array(steps)
-    axes.plot(x, np.exp(validation), color=vermilion, marker="o", label="validation, unseen files")
+    axes.plot(x, np.exp(validation), color=VERMILION, marker="o", label="validation, unseen files")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -334,9 +480,12 @@ def draw(path: Path, history: History, config: Config, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--loss", choices=LOSSES, default="jax_sce")
+    parser.add_argument("--loss", choices=LOSSES, default="fused")
+    parser.add_argument("--compare", action="store_true", help="a few steps with each loss instead")
     parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
-    parser.add_argument("--vocab", type=int, help="size of the vocabulary")
+    parser.add_argument(
+        "--vocab", type=int, help=f"size of the vocabulary, at most {MAX_VOCABULARY}"
+    )
     parser.add_argument("--steps", type=int, help="updates of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
@@ -344,8 +493,14 @@ def main() -> None:
     for name in ("vocab", "steps"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.vocab is not None and args.vocab > MAX_VOCABULARY:
+        parser.error(f"--vocab must be at most {MAX_VOCABULARY}, got {args.vocab}")
+    if args.compare and args.steps == 1:
+        parser.error("--steps must be at least 2 to compare: the first one compiles")
 
     config = QUICK if args.quick else Config()
+    if args.compare:
+        config = dataclasses.replace(config, steps=10 if args.quick else 20)
     config = dataclasses.replace(
         config,
         vocabulary=config.vocabulary if args.vocab is None else args.vocab,
@@ -355,24 +510,32 @@ def main() -> None:
     began = time.perf_counter()
 
     with console.status("Reading the standard library"):
-        tokenizer, training_tokens, validation_tokens = load_corpus(config)
+        corpus = load_corpus(config)
     # A short text can fill no large vocabulary, and a small one still needs all 256 bytes.
-    config = dataclasses.replace(config, vocabulary=tokenizer.get_vocab_size())
+    config = dataclasses.replace(config, vocabulary=corpus.tokenizer.get_vocab_size())
     console.print(
-        f"{len(training_tokens):,} tokens to train on, {len(validation_tokens):,} held out, "
+        f"{len(corpus.training):,} tokens to train on, {len(corpus.validation):,} held out, "
         f"vocabulary {config.vocabulary:,}"
     )
 
+    if args.compare:
+        measured = compare(corpus, config, args.seed)
+        console.print(show_comparison(measured))
+        path = args.out / "compare_losses.png"
+        draw_comparison(path, measured, config)
+        console.print(f"Drawn to {path}")
+        if disagreement(measured) > 1e-3:
+            raise SystemExit("The losses disagree.")
+        return
+
     model = Transformer(config, nnx.Rngs(args.seed))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    history = train(
-        model, training_tokens, validation_tokens, LOSSES[args.loss], config, args.seed, console
-    )
+    history = train(model, corpus, LOSSES[args.loss], config, args.seed, console)
 
     path = args.out / "language_model.png"
     draw(path, history, config, f"A transformer learns Python (loss: {args.loss})")
 
-    text = write(model, tokenizer, "class Reader:\n    def read(self", config, args.seed)
+    text = write(model, corpus.tokenizer, "class Reader:\n    def read(self", config, args.seed)
     console.print(Panel(Syntax(text, "python", word_wrap=True), title="The model writes"))
 
     first, *_, last = history.validation.values()
