@@ -15,7 +15,8 @@ NAMES = ("softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels")
 @pytest.fixture(autouse=True)
 def ours_in_place_of_theirs(lax_promotion, monkeypatch, request):
     """optax checks gradients in forward mode too, for which ours have a rule of their own."""
-    np.random.seed(0)  # theirs draw a mask that leaves no class, now and then: for us an error
+    # Theirs draw a mask that now and then leaves no class, which is an error here.
+    np.random.seed(0)  # noqa: NPY002
     forward_mode = "Reverse" not in request.node.nodeid
     called = []
 
