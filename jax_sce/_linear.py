@@ -166,6 +166,7 @@ def linear_softmax_cross_entropy(
     plans = _plans(math.prod(batch), num_classes, chunk_size, has_ids, return_aux)
     lanes = plans.default.shape
     examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
+    head, examples = _vary_alike(head, examples)
 
     if forward_mode:
         loss, aux = plans.run(_values_forward, head, examples)
@@ -264,6 +265,27 @@ def _plans(
     return _Plans(plan("cpu"), plan("default"))
 
 
+def _vary_alike(*trees: Any) -> Any:
+    """Inside `jax.shard_map`, what varies over a mesh axis makes all else vary: a kernel that each
+    device holds whole gets a gradient on each, and JAX sums them once, outside the rules."""
+    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(trees)))
+    return jax.tree.map(functools.partial(_vary, axes=axes), trees)
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The mesh axes over which it varies."""
+    return jax.typeof(x).mat.varying
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(axes - _varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: jnp.dtype, head: _Head) -> Array:
+    return _vary(jnp.full(shape, value, dtype), _varying(head.kernel))
+
+
 def _order(plan: _Plan, live: Array | None) -> tuple[Array, Array | int]:
     """The examples of each lane, [L, n and a chunk more], the `live` ones first, and how many those are
     at most. Behind the last example of a lane stands n, which is none."""
@@ -344,14 +366,14 @@ def _scan(plan: _Plan, head: _Head, examples: _Examples, *, forward_mode: bool) 
     live = _live(examples, by_weight=not forward_mode)
     order, most = _order(plan, live)
     ids = order[:, : plan.chunks * plan.chunk]
-    starts = jnp.arange(plan.chunks) * plan.chunk
+    starts = jnp.arange(plan.chunks, dtype=jnp.int32) * plan.chunk
 
     @jax.checkpoint
     def values(head, examples, ids):
         chunk = _chunk(plan, examples, ids)
         logits = _logits(head, chunk.hidden)
         losses = _losses(plan, head, chunk, logits, forward_mode)
-        return _Values(losses.loss, _aux(plan, chunk, logits, losses.log_normalizer))
+        return _Values(losses.loss, _aux(plan, head, chunk, logits, losses.log_normalizer))
 
     def step(_, start):
         here = lax.dynamic_slice_in_dim(ids, start, plan.chunk, axis=1)
@@ -371,13 +393,14 @@ def _scan(plan: _Plan, head: _Head, examples: _Examples, *, forward_mode: bool) 
 
 def _nothing(head: _Head, shape: tuple[int, ...]) -> _Values:
     """The values of examples that do not count."""
-    zeros = jnp.zeros(shape, _rows.compute_dtype(head.kernel.dtype))
-    return _Values(zeros, CrossEntropyAux(zeros, jnp.full(shape, -1, jnp.int32)))
+    zeros = _full(shape, 0, _rows.compute_dtype(head.kernel.dtype), head)
+    none = _full(shape, -1, jnp.dtype(jnp.int32), head)
+    return _Values(zeros, CrossEntropyAux(zeros, none))
 
 
 def _logits(head: _Head, hidden: Array) -> Array:
     logits = _dot(hidden, head.kernel)
-    return logits if head.bias is None else logits + head.bias.astype(logits.dtype)
+    return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -414,12 +437,14 @@ def _mean_weights(plan: _Plan, head: _Head, examples: _Examples) -> Array:
     return _cross_entropy.example_weights(options, plan.shape, dtype)
 
 
-def _aux(plan: _Plan, chunk: _Examples, logits: Array, log_normalizer: Array) -> CrossEntropyAux:
-    prediction = jnp.full(log_normalizer.shape, -1, jnp.int32)
-    if plan.with_prediction:
-        prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        counts = _live(chunk, by_weight=True)
-        prediction = prediction if counts is None else jnp.where(counts, prediction, -1)
+def _aux(
+    plan: _Plan, head: _Head, chunk: _Examples, logits: Array, log_normalizer: Array
+) -> CrossEntropyAux:
+    if not plan.with_prediction:
+        return CrossEntropyAux(log_normalizer, _nothing(head, log_normalizer.shape).aux.prediction)
+    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    counts = _live(chunk, by_weight=True)
+    prediction = prediction if counts is None else jnp.where(counts, prediction, -1)
     return CrossEntropyAux(log_normalizer, prediction)
 
 
@@ -440,12 +465,14 @@ def _gradients(
     live = _live(examples, by_weight="weights" not in wanted)
     order, most = _order(plan, live)
     of_head = {
-        k: jnp.zeros(x.shape, _rows.compute_dtype(head.kernel.dtype))
+        k: _full(x.shape, 0, _rows.compute_dtype(head.kernel.dtype), head)
         for k, x in head._asdict().items()
         if k in wanted
     }
     of_examples = {
-        k: _rows.to_bits(jnp.zeros_like(x)) for k, x in examples._asdict().items() if k in wanted
+        k: _rows.to_bits(_full(x.shape, 0, x.dtype, head))
+        for k, x in examples._asdict().items()
+        if k in wanted
     }
 
     def add(start, size, carry):
@@ -537,7 +564,7 @@ def _add_chunk(
     added = {k: x + gradients[k] for k, x in of_head.items() if k != "kernel"}
     if of_kernel is not None:
         added["kernel"] = of_kernel
-    values = _Values(out.loss, _aux(plan, chunk, logits, out.log_normalizer))
+    values = _Values(out.loss, _aux(plan, head, chunk, logits, out.log_normalizer))
     return values, added, gradients
 
 

@@ -266,7 +266,7 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
         return _statistics_at_once(rows)
     best = min(max(num_classes // 160, 50), 240)
     divisors = [w for w in _BLOCK_WIDTHS if num_classes % w == 0 and w < num_classes]
-    width = min(divisors, key=lambda w: abs(w - best), default=best)
+    width = min(divisors, key=lambda w: abs(w - best), default=min(best, num_classes // 2))
     logits = classes_last(rows.logits, rows.axes)
     whole = num_classes - num_classes % width
     if whole < num_classes:

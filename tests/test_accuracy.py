@@ -9,6 +9,7 @@ import optax
 import pytest
 from support import (
     BOTH,
+    INTEGER,
     TOLERANCE,
     exact_gradient,
     exact_loss,
@@ -204,3 +205,12 @@ def test_16_bits_are_only_storage(kind, dtype, num_classes):
     float32_error = (6 + wide(logits).max(-1, keepdims=True) - wide(logits)) * 2.0**-22
     allowed = np.abs(want) * (rounding + 2 * float32_error) + floor
     np.testing.assert_array_less(np.abs(wide(gradient) - want), allowed * 1.0000001)
+
+
+@pytest.mark.parametrize("num_classes", [257, 307, 2049, 2058, 4099])
+def test_any_number_of_classes_can_be_cut_in_blocks(num_classes):
+    """Primes, and numbers that leave a rest of which no block width is a divisor."""
+    logits = rng(9).normal(size=(3, num_classes)).astype(np.float32)
+    labels = np.array([0, num_classes // 2, num_classes - 1], np.int32)
+    got = INTEGER(logits, labels)
+    np.testing.assert_allclose(got, exact_loss(logits, labels), rtol=TOLERANCE["loss"])
