@@ -1,5 +1,6 @@
 """Storey 2: the losses on logits. Their options are arithmetic around two differentiation rules."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -476,7 +477,7 @@ def _label_fwd(rows, labels, counts):
 def _label_bwd(residuals, cotangents):
     rows, labels, counts, gap, stats = residuals
     cotangent = _rows.label_cotangent(rows, labels, gap, stats, *cotangents)
-    return _pull(rows, _only(counts, cotangent)), None, None
+    return _written_once(_pull(rows, _only(counts, cotangent))), None, None
 
 
 _label_rule.defvjp(_label_fwd, _label_bwd)
@@ -509,10 +510,17 @@ def _target_fwd(rows, targets, counts):
 def _target_bwd(residuals, cotangents):
     rows, targets, counts, mass, stats = residuals
     of_logits, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *cotangents)
-    return _pull(rows, _only(counts, of_logits)), _pull(targets, _only(counts, of_targets)), None
+    of_rows = _written_once(_pull(rows, _only(counts, of_logits)))
+    return of_rows, _pull(targets, _only(counts, of_targets)), None
 
 
 _target_rule.defvjp(_target_fwd, _target_bwd)
+
+
+def _written_once(cotangent: Rows) -> Rows:
+    """XLA on CPU would fuse the cotangent with each of its readers, the two matrix products of a head, and
+    to compute its exponentials but once write them to an array of their own."""
+    return dataclasses.replace(cotangent, logits=_rows.barrier_on_cpu(cotangent.logits))
 
 
 def _only(counts: Array | None, cotangent: Array) -> Array:

@@ -396,17 +396,22 @@ def from_bits(x: Array, dtype: jnp.dtype) -> Array:
     return lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x
 
 
-@jax.custom_jvp
 def _read_anew(x: Array) -> Array:
     """`x`, hidden from XLA's common-subexpression elimination on CPU: of a 16-bit array that is widened
     for two readers it would write the float32 copy, at twice the size of the logits and more time than
     the loss takes."""
+    return barrier_on_cpu(x)
+
+
+@jax.custom_jvp
+def barrier_on_cpu(x: Array) -> Array:
+    """`x`; on CPU, XLA's compiler moves nothing past it."""
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
-@_read_anew.defjvp
-def _read_anew_jvp(primals, tangents):
-    return _read_anew(*primals), tangents[0]
+@barrier_on_cpu.defjvp
+def _barrier_on_cpu_jvp(primals, tangents):
+    return barrier_on_cpu(*primals), tangents[0]
 
 
 @jax.custom_jvp
