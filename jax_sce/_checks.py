@@ -103,6 +103,7 @@ def head(hidden: Array, kernel: Array) -> tuple[int, ...]:
         raise ValueError(
             f"kernel must have shape ({hidden.shape[-1]}, classes) for hidden of shape {hidden.shape}, "
             f"got {kernel.shape}"
+            + (": transpose it" if kernel.shape[1:] == hidden.shape[-1:] else "")
         )
     if kernel.shape[1] == 0:
         raise ValueError(f"kernel must have at least one class, got shape {kernel.shape}")

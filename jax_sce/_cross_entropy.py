@@ -232,7 +232,7 @@ class Options(NamedTuple):
 
     @property
     def counts(self) -> Array | None:
-        """[N...], the examples whose derivative is not exactly zero."""
+        """[N...], the examples that are kept and have a weight other than 0."""
         if self.weights is None:
             return self.kept
         return self.weights != 0 if self.kept is None else self.kept & (self.weights != 0)
@@ -450,8 +450,9 @@ def _finish(
 
 # -- rules --------------------------------------------------------------------------------------------
 # Each gives the loss and the log-normalizer of every row, and honours a cotangent of both. Rows outside
-# `counts` have a derivative of exactly 0, whatever their logits hold; their values are the caller's to
-# replace. What is saved for the derivative is the arguments and some numbers a row.
+# `counts` have a derivative of exactly 0, whatever their logits hold: the caller gives them a cotangent
+# of 0 and replaces their values. What is saved for the derivative is the arguments and some numbers a
+# row.
 
 
 class _LabelResiduals(NamedTuple):
@@ -477,7 +478,8 @@ def _label_fwd(rows, labels, counts):
 def _label_bwd(residuals, cotangents):
     rows, labels, counts, gap, stats = residuals
     cotangent = _rows.label_cotangent(rows, labels, gap, stats, *cotangents)
-    return _written_once(_pull(rows, _only(counts, cotangent))), None, None
+    cotangent = _only(counts, cotangent, stats.tail[..., None])
+    return _written_once(_pull(rows, cotangent)), None, None
 
 
 _label_rule.defvjp(_label_fwd, _label_bwd)
@@ -510,21 +512,27 @@ def _target_fwd(rows, targets, counts):
 def _target_bwd(residuals, cotangents):
     rows, targets, counts, mass, stats = residuals
     of_logits, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *cotangents)
-    of_rows = _written_once(_pull(rows, _only(counts, of_logits)))
-    return of_rows, _pull(targets, _only(counts, of_targets)), None
+    of_logits = _only(counts, of_logits, (stats.tail + mass)[..., None])
+    of_targets = _only(counts, of_targets, of_targets)
+    return _written_once(_pull(rows, of_logits)), _pull(targets, of_targets), None
 
 
 _target_rule.defvjp(_target_fwd, _target_bwd)
 
 
 def _written_once(cotangent: Rows) -> Rows:
-    """XLA on CPU would fuse the cotangent with each of its readers, the two matrix products of a head, and
-    to compute its exponentials but once write them to an array of their own."""
+    """XLA on CPU would fuse the cotangent with each of its readers, the two matrix products of a head,
+    and to compute its exponentials but once write them to an array of their own."""
     return dataclasses.replace(cotangent, logits=_rows.barrier_on_cpu(cotangent.logits))
 
 
-def _only(counts: Array | None, cotangent: Array) -> Array:
-    return cotangent if counts is None else jnp.where(counts[..., None], cotangent, 0)
+def _only(counts: Array | None, cotangent: Array, tell: Array) -> Array:
+    """Exactly 0 in the rows outside `counts`. What is finite there is 0 by its factor, and keeps its own
+    derivative by that factor, a weight of 0; what is not would give NaN, and `tell`, [N..., 1 or V], is
+    not finite there."""
+    if counts is None:
+        return cotangent
+    return jnp.where(counts[..., None] | jnp.isfinite(tell), cotangent, 0)
 
 
 def _pull(view, cotangent: Array):
@@ -550,10 +558,12 @@ def _label_jvp(primals, tangents):
         rows, labels, counts, gap, stats = residuals
         z_dot = _push(rows, rows_dot)
         one, zero = jnp.ones_like(gap), jnp.zeros_like(gap)
-        return tuple(
-            jnp.sum(_only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g)) * z_dot, -1)
-            for g in ((one, zero), (zero, one))
-        )
+        tell = stats.tail[..., None]
+
+        def cotangent(*g):
+            return _only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g), tell)
+
+        return tuple(jnp.sum(cotangent(*g) * z_dot, -1) for g in ((one, zero), (zero, one)))
 
     return out, tangent(residuals, tangents[0])
 
@@ -579,11 +589,13 @@ def _target_jvp(primals, tangents):
         dots = []
         for g in ((one, zero), (zero, one)):
             of_rows, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *g)
+            of_rows = _only(counts, of_rows, (stats.tail + mass)[..., None])
+            of_targets = _only(counts, of_targets, of_targets)
             dot = zero
             if "rows" in moving:
-                dot += jnp.sum(_only(counts, of_rows) * _push(rows, moving["rows"]), -1)
+                dot += jnp.sum(of_rows * _push(rows, moving["rows"]), -1)
             if "targets" in moving:
-                dot += jnp.sum(_only(counts, of_targets) * _push(targets, moving["targets"]), -1)
+                dot += jnp.sum(of_targets * _push(targets, moving["targets"]), -1)
             dots.append(dot)
         return tuple(dots)
 

@@ -15,26 +15,19 @@ arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none"
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from . import _checks, _cross_entropy, _rows
+from . import _checks, _chunks, _cross_entropy, _rows
+from ._chunks import Plan, Plans
 from ._cross_entropy import Losses, Options
 from ._reduction import REDUCTIONS, reduce_losses
-
-# The size of a chunk: how many logits, but at least and at most so many examples. Whatever its size, a
-# chunk adds to all of the kernel's gradient, [D, V], and matrix products want enough rows. On two CPU
-# cores, chunks of 64 examples took 1.4 times as long as ones of 256, ones of 128 1.15 times, and 512 no
-# less: so 256, and more where the vocabulary is small. Values alone run at full rate from 64 on. An
-# accelerator has many times the rate for the same bandwidth of memory: some thousand examples, 0.5 GB of
-# logits; this was not measured.
-_CHUNK = {"cpu": (2**22, 256, 512), "default": (2**27, 512, 4096)}
-_CHUNK_OF_VALUES = {"cpu": (2**22, 64, 256), "default": (2**27, 512, 4096)}
 
 # On CPU, the kernel's gradient is made in so many tiles of classes, if there are as many classes.
 _TILES = 8
@@ -45,7 +38,49 @@ class CrossEntropyAux(NamedTuple):
     """What else the head knows of each example; 0 and -1 for those that do not count."""
 
     log_normalizer: Array  # [N...], float32 (float64 for float64 inputs)
-    prediction: Array  # [N...], int32, the class of the largest logit, the lowest of several
+    prediction: (
+        Array  # [N...], int32, of the largest logit before a soft-cap, the lowest of several
+    )
+
+
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    reduction: str = "none",
+    chunk_size: int | None = None,
+    return_aux: Literal[False] = False,
+    forward_mode: bool = False,
+) -> Array: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None,
+    reduction: str = "none",
+    chunk_size: int | None = None,
+    return_aux: Literal[True],
+    forward_mode: bool = False,
+) -> tuple[Array, CrossEntropyAux]: ...
 
 
 def linear_softmax_cross_entropy(
@@ -71,11 +106,16 @@ def linear_softmax_cross_entropy(
     `softmax_cross_entropy` for distributions, with the logits accumulated in float32, in the memory of
     one chunk of examples. With "mean" and "sum" the gradients are computed in the forward pass, as fast
     as with whole logits; with "none" the backward pass computes the logits once more. Examples that do
-    not count, by `ignore_index` or a weight of 0, cost next to nothing.
+    not count, by `ignore_index` or a weight of 0, cost next to nothing; those of weight 0 only if the
+    weights are not differentiated, and not in forward mode.
+
+    Give it all examples at once, [N..., D]: under `jax.vmap` over examples it would make a gradient of
+    the kernel, [D, V], for each.
 
     Args:
       hidden: [N..., D], any floating dtype.
-      kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T`, uncopied.
+      kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
+        Of two dtypes, the wider is that of the products: a kernel in float32 makes them float32.
       labels: [N...] integers in [0, V), or distributions [N..., V].
       bias: [V].
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
@@ -87,16 +127,19 @@ def linear_softmax_cross_entropy(
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
         `weights * class_weights[label]` of the examples that count (of `weights` for distributions),
         and 0 if there are none.
-      chunk_size: Examples in a chunk; None chooses from the shapes.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each. The log-normalizer is differentiated
-        exactly; with "mean" and "sum" that takes a second pass, if it is used.
+      chunk_size: Examples in a chunk, whose float32 logits are held; None chooses from the shapes, so
+        that those take 128 MiB at most on CPU and 1 GiB elsewhere.
+      return_aux: Also return a `CrossEntropyAux`, [N...] each; of examples that do not count 0, and a
+        prediction of -1. The log-normalizer is differentiated exactly; with "mean" and "sum" that takes
+        a second pass, if it is used.
       forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
         `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
       of it and the aux. Bad labels and logits give NaN as in the losses on logits. The gradients come in
-      the dtypes of their arguments, and are accumulated in float32.
+      the dtypes of their arguments, and are accumulated in float32. (float16 has too short a range for
+      gradients whose scale is not known: there "mean" and "sum" compute the logits once more, too.)
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -134,7 +177,11 @@ def linear_softmax_cross_entropy(
     has_ids = labels.ndim == len(batch)
     if has_ids:
         labels = _checks.integers("labels", labels)
-    _checks.shape("labels", labels, batch if has_ids else (*batch, num_classes))
+    if labels.shape not in (batch, (*batch, num_classes)):
+        raise ValueError(
+            f"labels must have shape {batch}, class ids, or {(*batch, num_classes)}, distributions, "
+            f"got {labels.shape}"
+        )
     ignored = _checks.integer_or_none("ignore_index", ignore_index)
     if ignored is not None and not has_ids:
         raise ValueError("ignore_index must be None for labels that are distributions")
@@ -163,30 +210,16 @@ def linear_softmax_cross_entropy(
         options.softcap,
     )
     examples = _Examples(hidden.astype(dtype), labels, options.weights, options.kept)
-    plans = _plans(math.prod(batch), num_classes, chunk_size, has_ids, return_aux)
-    lanes = plans.default.shape
-    examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
-    head, examples = _vary_alike(head, examples)
-
-    if forward_mode:
-        loss, aux = plans.run(_values_forward, head, examples)
-    elif reduction == "none":
-        loss, aux = _each(plans, head, examples)
-    else:
-        loss, aux = _total(plans, head, examples)
-
-    if reduction == "none":
-        loss = loss.reshape(batch)
-    else:
-        weight = _mean_weights(plans.default, head, examples)
-        loss = reduce_losses(loss, weight, reduction)
-    return (loss, jax.tree.map(lambda x: x.reshape(batch), aux)) if return_aux else loss
+    plans = _chunks.plans(math.prod(batch), num_classes, chunk_size, return_aux)
+    run: Callable[..., Any] = functools.partial(_run, plans, reduction, forward_mode)
+    if jax.typeof(hidden).sharding.mesh.explicit_axes:
+        run = _in_automatic_mode(run, hidden, scalar=reduction != "none")
+    loss, *aux = run(head, examples)
+    return (loss, CrossEntropyAux(*aux)) if return_aux else loss
 
 
-# -- the data, in lanes and chunks --------------------------------------------------------------------
-# The N examples are L lanes of n, and a chunk takes c from each lane: C = L c. With a lane for each
-# device, whichever way the examples are split over the devices, each device has its part of every chunk
-# and no example travels. On one device there is one lane.
+# -- the data -----------------------------------------------------------------------------------------
+# The examples are [L, n, ...], in lanes, and in a chunk [C, ...]: `_chunks.py` says why.
 
 
 class _Head(NamedTuple):
@@ -208,6 +241,10 @@ class _Examples(NamedTuple):
     weights: Array | None  # [...]
     kept: Array | None  # bool, [...]
 
+    @property
+    def has_ids(self) -> bool:
+        return self.labels.ndim < self.hidden.ndim
+
 
 class _Values(NamedTuple):
     """What is computed of each example: [L, n], and in a chunk [C]."""
@@ -216,53 +253,36 @@ class _Values(NamedTuple):
     aux: CrossEntropyAux
 
 
-class _Plan(NamedTuple):
-    """How the work is laid out, all of it known when tracing."""
-
-    lanes: int  # L
-    per_lane: int  # n
-    chunk: int  # c, at least 1
-    chunk_of_values: int  # c where no gradient is computed
-    has_ids: bool
-    with_prediction: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.lanes, self.per_lane
-
-    @property
-    def chunks(self) -> int:
-        return math.ceil(self.per_lane / self.chunk)
-
-
-class _Plans(NamedTuple):
-    cpu: _Plan
-    default: _Plan
-
-    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """`fn(plan, *args)`, with the plan for the platform that it is compiled for."""
-        if self.cpu == self.default:
-            return fn(self.default, *args)
-        cpu, default = (functools.partial(fn, plan) for plan in self)
-        return lax.platform_dependent(*args, cpu=cpu, default=default)
+def _run(
+    plans: Plans, reduction: str, forward_mode: bool, head: _Head, examples: _Examples
+) -> tuple[Array, Array, Array]:
+    """The loss, and the log-normalizer and prediction of each example, [N...]."""
+    batch, lanes = examples.hidden.shape[:-1], plans.default.shape
+    examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
+    head, examples = _vary_alike(head, examples)
+    if forward_mode:
+        loss, aux = plans.run(_values_forward, head, examples)
+    elif reduction == "none" or head.kernel.dtype == jnp.float16:
+        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
+        loss, aux = _each(plans, head, examples)
+    else:
+        loss, aux = _total(plans, head, examples)
+    if reduction == "none":
+        loss = loss.reshape(batch)
+    else:
+        loss = reduce_losses(loss, _mean_weights(head, examples), reduction)
+    return loss, aux.log_normalizer.reshape(batch), aux.prediction.reshape(batch)
 
 
-def _plans(
-    num_examples: int, num_classes: int, chunk_size: int | None, has_ids: bool, return_aux: bool
-) -> _Plans:
-    lanes = math.gcd(num_examples, jax.device_count()) if num_examples else 1
-    per_lane = num_examples // lanes
-
-    def per_chunk(budget: int, least: int, most: int) -> int:
-        size = chunk_size or min(max(budget // num_classes, least), most)
-        chunks = max(math.ceil(num_examples / size), 1)
-        return max(math.ceil(per_lane / chunks), 1)  # as even as they can be
-
-    def plan(platform: str) -> _Plan:
-        chunk, values = (per_chunk(*table[platform]) for table in (_CHUNK, _CHUNK_OF_VALUES))
-        return _Plan(lanes, per_lane, chunk, values, has_ids, return_aux)
-
-    return _Plans(plan("cpu"), plan("default"))
+def _in_automatic_mode(
+    run: Callable[..., Any], hidden: Array, *, scalar: bool
+) -> Callable[..., Any]:
+    """On a mesh with explicit axes: `run`, with the shardings between its arguments and its results left
+    to the compiler. JAX asks for those of each gather and product otherwise."""
+    like = jax.typeof(hidden).sharding
+    of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
+    of_loss = NamedSharding(like.mesh, PartitionSpec()) if scalar else of_examples
+    return jax.sharding.auto_axes(run, out_sharding=(of_loss, of_examples, of_examples))
 
 
 def _vary_alike(*trees: Any) -> Any:
@@ -286,17 +306,6 @@ def _full(shape: tuple[int, ...], value: float, dtype: jnp.dtype, head: _Head) -
     return _vary(jnp.full(shape, value, dtype), _varying(head.kernel))
 
 
-def _order(plan: _Plan, live: Array | None) -> tuple[Array, Array | int]:
-    """The examples of each lane, [L, n and a chunk more], the `live` ones first, and how many those are
-    at most. Behind the last example of a lane stands n, which is none."""
-    order = jnp.broadcast_to(jnp.arange(plan.per_lane), plan.shape)
-    most: Array | int = plan.per_lane
-    if live is not None:
-        order = jnp.argsort(~live, axis=1, stable=True)
-        most = jnp.max(jnp.sum(live, axis=1, dtype=jnp.int32), initial=0)
-    return jnp.pad(order, ((0, 0), (0, plan.chunk)), constant_values=plan.per_lane), most
-
-
 def _live(examples: _Examples, *, by_weight: bool) -> Array | None:
     """Bools, the examples that there is work for; None for all of them. A weight of 0 leaves out the
     work only if nobody asks for the derivative by that weight."""
@@ -307,10 +316,10 @@ def _live(examples: _Examples, *, by_weight: bool) -> Array | None:
     return live
 
 
-def _chunk(plan: _Plan, examples: _Examples, ids: Array) -> _Examples:
+def _chunk(plan: Plan, examples: _Examples, ids: Array) -> _Examples:
     """Those examples; n, which is none, is not kept. The hidden state of one that does not count is made
     0 before an infinity or NaN in it reaches the kernel's gradient."""
-    chunk = jax.tree.map(lambda x: _take(x, ids), examples)
+    chunk = jax.tree.map(lambda x: _chunks.take(x, ids), examples)
     has_all = chunk.kept is None and chunk.weights is None and plan.per_lane % plan.chunk == 0
     if not has_all:
         exists = (ids < plan.per_lane).reshape(-1)
@@ -324,47 +333,30 @@ def _chunk(plan: _Plan, examples: _Examples, ids: Array) -> _Examples:
     return chunk._replace(hidden=jnp.where(clean[:, None], chunk.hidden, 0))
 
 
-def _take_rows(x: Array, ids: Array) -> Array:
-    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]."""
-    rows = jax.vmap(lambda x, ids: jnp.take(x, ids, axis=0, mode="clip"))(x, ids)
-    return rows.reshape(-1, *x.shape[2:])
-
-
-@jax.custom_jvp
-def _take(x: Array, ids: Array) -> Array:
-    """The same, moved as bits."""
-    return _rows.from_bits(_take_rows(_rows.to_bits(x), ids), x.dtype)
-
-
-@_take.defjvp
-def _take_jvp(primals, tangents):
-    return _take(*primals), _take_rows(tangents[0], primals[1])
-
-
-def _put(x: Array, ids: Array, rows: Array) -> Array:
-    """`x` [L, n, ...] with `rows` [C, ...] at `ids` [L, c]; what has the id n goes nowhere."""
-    rows = rows.reshape(*ids.shape, *x.shape[2:])
-    return jax.vmap(lambda x, ids, rows: x.at[ids].set(rows, mode="drop"))(x, ids, rows)
-
-
 # -- values -------------------------------------------------------------------------------------------
 
 
-def _values(plan: _Plan, head: _Head, examples: _Examples) -> _Values:
-    """Not to be differentiated."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _values(plan: Plan, head: _Head, examples: _Examples) -> _Values:
     return _scan(plan._replace(chunk=plan.chunk_of_values), head, examples, forward_mode=False)
 
 
-def _values_forward(plan: _Plan, head: _Head, examples: _Examples) -> _Values:
+@_values.defjvp
+def _values_jvp(plan, primals, tangents):  # forward over reverse mode of the rule for "none"
+    return jax.jvp(functools.partial(_values_forward, plan), primals, tangents)
+
+
+def _values_forward(plan: Plan, head: _Head, examples: _Examples) -> _Values:
     """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments."""
     return _scan(plan, head, examples, forward_mode=True)
 
 
-def _scan(plan: _Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -> _Values:
+def _scan(plan: Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -> _Values:
     if plan.chunks == 0:
         return _nothing(head, plan.shape)
+    # In forward mode nobody tells what is differentiated, and the weights may be.
     live = _live(examples, by_weight=not forward_mode)
-    order, most = _order(plan, live)
+    order, most = _chunks.order(plan, live)
     ids = order[:, : plan.chunks * plan.chunk]
     starts = jnp.arange(plan.chunks, dtype=jnp.int32) * plan.chunk
 
@@ -372,7 +364,7 @@ def _scan(plan: _Plan, head: _Head, examples: _Examples, *, forward_mode: bool) 
     def values(head, examples, ids):
         chunk = _chunk(plan, examples, ids)
         logits = _logits(head, chunk.hidden)
-        losses = _losses(plan, head, chunk, logits, forward_mode)
+        losses = _losses(head, chunk, logits, forward_mode)
         return _Values(losses.loss, _aux(plan, head, chunk, logits, losses.log_normalizer))
 
     def step(_, start):
@@ -386,7 +378,7 @@ def _scan(plan: _Plan, head: _Head, examples: _Examples, *, forward_mode: bool) 
 
     def in_place(x, rows):
         rows = rows.reshape(plan.chunks, plan.lanes, plan.chunk).swapaxes(0, 1)
-        return _put(x, ids, rows.reshape(ids.shape))
+        return _chunks.put(x, ids, rows.reshape(ids.shape))
 
     return jax.tree.map(in_place, _nothing(head, plan.shape), chunks)
 
@@ -419,26 +411,24 @@ def _options(head: _Head, examples: _Examples) -> Options:
     )
 
 
-def _losses(
-    plan: _Plan, head: _Head, chunk: _Examples, logits: Array, forward_mode: bool
-) -> Losses:
+def _losses(head: _Head, chunk: _Examples, logits: Array, forward_mode: bool) -> Losses:
     options = _options(head, chunk)
     view = _cross_entropy.logits_view(logits, options)
-    if plan.has_ids:
+    if chunk.has_ids:
         return _cross_entropy.label_losses(view, chunk.labels, options, forward_mode)
     return _cross_entropy.target_losses(view, chunk.labels, (1,), options, forward_mode)
 
 
-def _mean_weights(plan: _Plan, head: _Head, examples: _Examples) -> Array:
+def _mean_weights(head: _Head, examples: _Examples) -> Array:
     """What a mean divides by, of each example."""
     options, dtype = _options(head, examples), _rows.compute_dtype(head.kernel.dtype)
-    if plan.has_ids:
+    if examples.has_ids:
         return _cross_entropy.label_weights(examples.labels, options, dtype)
-    return _cross_entropy.example_weights(options, plan.shape, dtype)
+    return _cross_entropy.example_weights(options, examples.hidden.shape[:-1], dtype)
 
 
 def _aux(
-    plan: _Plan, head: _Head, chunk: _Examples, logits: Array, log_normalizer: Array
+    plan: Plan, head: _Head, chunk: _Examples, logits: Array, log_normalizer: Array
 ) -> CrossEntropyAux:
     if not plan.with_prediction:
         return CrossEntropyAux(log_normalizer, _nothing(head, log_normalizer.shape).aux.prediction)
@@ -453,7 +443,7 @@ def _aux(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _gradients(
-    plan: _Plan,
+    plan: Plan,
     wanted: frozenset[str],
     head: _Head,
     examples: _Examples,
@@ -463,7 +453,7 @@ def _gradients(
     """The values, and the cotangents of those fields of `head` and `examples` that are wanted: in the
     compute dtype for the head, which sums them up, and in their own for the examples."""
     live = _live(examples, by_weight="weights" not in wanted)
-    order, most = _order(plan, live)
+    order, most = _chunks.order(plan, live)
     of_head = {
         k: _full(x.shape, 0, _rows.compute_dtype(head.kernel.dtype), head)
         for k, x in head._asdict().items()
@@ -479,27 +469,25 @@ def _gradients(
         values, of_head, of_examples = carry
         ids = lax.dynamic_slice_in_dim(order, start, size, axis=1)
         chunk = _chunk(plan, examples, ids)
-        g = _take(g_loss, ids), _take(g_log_normalizer, ids)
+        g = _chunks.take(g_loss, ids), _chunks.take(g_log_normalizer, ids)
         new, of_head, of_chunk = _add_chunk(plan, wanted, head, chunk, *g, of_head)
         return (
-            jax.tree.map(lambda x, rows: _put(x, ids, rows), values, new),
+            jax.tree.map(lambda x, rows: _chunks.put(x, ids, rows), values, new),
             of_head,
-            {k: _put(x, ids, _rows.to_bits(of_chunk[k])) for k, x in of_examples.items()},
+            {k: _chunks.put(x, ids, _rows.to_bits(of_chunk[k])) for k, x in of_examples.items()},
         )
 
+    def add_chunks(count, start, size, carry):
+        return lax.fori_loop(0, count, lambda i, carry: add(start + i * size, size, carry), carry)
+
     carry = _nothing(head, plan.shape), of_head, of_examples
-    if plan.chunks == 0:
-        pass
-    elif live is None:
-        carry = lax.fori_loop(
-            0, plan.chunks, lambda i, x: add(i * plan.chunk, plan.chunk, x), carry
-        )
-    else:  # whole chunks, and the rest in quarters
+    if live is None:
+        carry = add_chunks(plan.chunks, 0, plan.chunk, carry)
+    elif plan.chunks > 0:  # whole chunks, and the rest in quarters
         whole, quarter = most // plan.chunk, math.ceil(plan.chunk / 4)
         done = whole * plan.chunk
-        rest = (most - done + quarter - 1) // quarter
-        carry = lax.fori_loop(0, whole, lambda i, x: add(i * plan.chunk, plan.chunk, x), carry)
-        carry = lax.fori_loop(0, rest, lambda i, x: add(done + i * quarter, quarter, x), carry)
+        carry = add_chunks(whole, 0, plan.chunk, carry)
+        carry = add_chunks((most - done + quarter - 1) // quarter, done, quarter, carry)
     values, of_head, of_examples = carry
     of_examples = {
         k: _rows.from_bits(x, getattr(examples, k).dtype) for k, x in of_examples.items()
@@ -532,7 +520,7 @@ def _replace(head: _Head, examples: _Examples, fields: dict[str, Array]) -> tupl
 
 
 def _add_chunk(
-    plan: _Plan,
+    plan: Plan,
     wanted: frozenset[str],
     head: _Head,
     chunk: _Examples,
@@ -547,7 +535,7 @@ def _add_chunk(
     inner = {k: fields[k] for k in wanted - {"hidden", "kernel", "bias"}}
 
     def losses(logits, inner):
-        return _losses(plan, *_replace(head, chunk, inner), logits, False)
+        return _losses(*_replace(head, chunk, inner), logits, False)
 
     out, pull = jax.vjp(losses, logits, inner)
     g, gradients = pull(Losses(g_loss, jnp.zeros_like(g_loss), g_log_normalizer))
@@ -619,7 +607,7 @@ def _back(
 # -- rules --------------------------------------------------------------------------------------------
 
 
-def _unwrap(head, examples) -> tuple[frozenset[str], _Head, _Examples]:
+def _wanted(head: _Head, examples: _Examples) -> tuple[frozenset[str], _Head, _Examples]:
     """The fields that are differentiated, and what `symbolic_zeros` wraps."""
     fields = head._asdict() | examples._asdict()
     wanted = frozenset(k for k, x in fields.items() if x is not None and x.perturbed)
@@ -630,7 +618,9 @@ def _is_wrapped(x: Any) -> bool:
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
-def _cotangents(head: _Head, examples: _Examples, gradients: dict[str, Array]):
+def _cotangents(
+    head: _Head, examples: _Examples, gradients: dict[str, Array]
+) -> tuple[_Head, _Examples]:
     """As the arguments are laid out, in their dtypes; None for those that are not differentiated."""
 
     def of(fields):
@@ -640,29 +630,42 @@ def _cotangents(head: _Head, examples: _Examples, gradients: dict[str, Array]):
     return _Head(**of(head._asdict())), _Examples(**of(examples._asdict()))
 
 
-def _run_gradients(plans: _Plans, wanted: frozenset[str], *args):
+def _run_gradients(
+    plans: Plans,
+    wanted: frozenset[str],
+    head: _Head,
+    examples: _Examples,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[_Values, dict[str, Array]]:
     def gradients(plan, *args):
         return _gradients(plan, wanted, *args)
 
-    return plans.run(gradients, *args)
+    return plans.run(gradients, head, examples, g_loss, g_log_normalizer)
 
 
-def _dense(g, like: Array) -> Array:
+def _dense(g: Array | SymbolicZero, like: Array) -> Array:
     return jnp.zeros_like(like) if isinstance(g, SymbolicZero) else g
 
 
+class _TotalResiduals(NamedTuple):
+    head: _Head
+    examples: _Examples
+    gradients: dict[str, Array]  # of the sum of the losses, by the names of the fields
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(plans: _Plans, head: _Head, examples: _Examples) -> tuple[Array, CrossEntropyAux]:
+def _total(plans: Plans, head: _Head, examples: _Examples) -> tuple[Array, CrossEntropyAux]:
     """The sum of the losses. When it is differentiated, its gradients are computed with it."""
     values = plans.run(_values, head, examples)
     return jnp.sum(values.loss), values.aux
 
 
 def _total_fwd(plans, head, examples):
-    wanted, head, examples = _unwrap(head, examples)
+    wanted, head, examples = _wanted(head, examples)
     zeros = _nothing(head, plans.default.shape).loss
     values, gradients = _run_gradients(plans, wanted, head, examples, jnp.ones_like(zeros), zeros)
-    return (jnp.sum(values.loss), values.aux), (head, examples, gradients)
+    return (jnp.sum(values.loss), values.aux), _TotalResiduals(head, examples, gradients)
 
 
 def _total_bwd(plans, residuals, cotangents):
@@ -682,15 +685,22 @@ def _total_bwd(plans, residuals, cotangents):
 _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 
 
+class _EachResiduals(NamedTuple):
+    head: _Head
+    examples: _Examples
+    wanted: dict[str, None]  # its keys: names that are known when tracing can only be kept so
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each(plans: _Plans, head: _Head, examples: _Examples) -> _Values:
+def _each(plans: Plans, head: _Head, examples: _Examples) -> _Values:
     """The losses one by one. Their gradients take the logits once more."""
     return plans.run(_values, head, examples)
 
 
 def _each_fwd(plans, head, examples):
-    wanted, head, examples = _unwrap(head, examples)
-    return plans.run(_values, head, examples), (head, examples, dict.fromkeys(wanted))
+    wanted, head, examples = _wanted(head, examples)
+    values = plans.run(_values, head, examples)
+    return values, _EachResiduals(head, examples, dict.fromkeys(wanted))
 
 
 def _each_bwd(plans, residuals, cotangents):

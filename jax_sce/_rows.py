@@ -378,9 +378,12 @@ def target_cotangents(
         g_loss * jnp.where(distance == 0, at_max, below)
         + g_log_normalizer * exponentials / normalizer
     )
-    unused = g_loss == 0 if targets.where is None else (g_loss == 0) | ~targets.where
-    targets_cotangent = jnp.where(unused, 0, g_loss * (jnp.log1p(tail) - distance))
-    return logits_cotangent, targets_cotangent
+    # An absent class is infinitely dear, and 0 times that is NaN.
+    cost = jnp.log1p(tail) - distance
+    unused = (g_loss == 0) & ~jnp.isfinite(cost)
+    if targets.where is not None:
+        unused |= ~targets.where
+    return logits_cotangent, g_loss * jnp.where(unused, 0, cost)
 
 
 # -- helpers ------------------------------------------------------------------------------------------

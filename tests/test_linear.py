@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import TOLERANCE, cotangents, derivatives, one_hot, rng, wide
+from support import QUICK, TOLERANCE, cotangents, derivatives, one_hot, quick, rng, wide
 
-from jax_sce import CrossEntropyAux, linear_softmax_cross_entropy as head, reference
+from jax_sce import (
+    CrossEntropyAux,
+    _chunks,
+    _linear,
+    linear_softmax_cross_entropy as head,
+    reference,
+)
 
 NAN, INF = np.nan, np.inf
 IGNORED = -100
-
-# Most of this file's time is LLVM's, and what it optimizes does not matter to these checks.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 # Sums of D, N or V terms in another order than the naive head's, in float64: a few units of 2^-52 times
 # the square root of their number, 4099 at most, and a factor ten for what cancels in a gradient.
@@ -594,6 +596,31 @@ def test_optax_a_label_of_minus_one_is_not_the_last_class():
     np.testing.assert_array_equal(np.isnan(quick(head)(**arguments)), [True, False, True, False])
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(("scale", "weight"), [(2.0**15, 1.0), (2.0**-30, 2.0**45)])
+def test_float16_gradients_keep_the_range_that_the_scale_of_the_loss_gives(
+    scale, weight, reduction
+):
+    """A confident head: without the outer scale its gradients are too small for float16, or with large
+    weights too large."""
+    n, v = 16, 100
+    bias = np.full(v, -9.0)
+    bias[0] = 9.0
+    arguments = arrays(n, 8, v, np.float16, bias=bias)
+    arguments |= {
+        "labels": jnp.zeros(n, jnp.int32),
+        "weights": jnp.full(n, weight, jnp.float32),
+    }
+    g = scale * np.ones(n if reduction == "none" else (), np.float32)
+    fn = functools.partial(head, reduction=reduction)
+    _, got = quick(functools.partial(derivatives, fn))(arguments, g)
+    _, want = in_float64(arguments, g, reduction)
+    for k in ("hidden", "kernel"):
+        assert got[k].dtype == jnp.float16
+        error = np.linalg.norm(wide(got[k]) - want[k]) / np.linalg.norm(want[k])
+        assert error <= 2.0**-10, k  # roundings of 2^-11
+
+
 def test_optax_the_loss_of_bfloat16_is_not_quantized():
     arguments = arrays(N, D, V, jnp.bfloat16)
     loss = quick(head)(**arguments)
@@ -702,7 +729,8 @@ def test_second_derivatives(reduction, x64):
 
         found = []
         if "forward" in modes:
-            found.append(jax.jvp(jax.grad(total), (floats,), (direction,))[1])
+            # With the value, whose tangent would be left out otherwise, needed or not.
+            found.append(jax.jvp(jax.value_and_grad(total), (floats,), (direction,))[1][1])
         if "reverse" in modes:
             found.append(jax.grad(along)(floats))
         return found
@@ -794,6 +822,50 @@ def largest_array(text):
     return max(math.prod(map(int, shape.split(","))) for shape in set(shapes))
 
 
+def test_a_chunk_is_large_enough_and_its_logits_are_bounded():
+    for num_classes in (1, 10, 1000, 8192, 32000, 128256, 262144, 2**20, 2**26):
+        for table in (_chunks.GRADIENTS, _chunks.VALUES):
+            for size in table.values():
+                examples = size.examples(num_classes)
+                assert 1 <= examples <= size.most
+                assert examples * num_classes <= max(size.budget, num_classes)
+                if num_classes <= 128256:
+                    assert examples >= size.least
+    plan = _chunks.plans(2048, 32000, None, False).cpu
+    assert (plan.lanes * plan.chunk, plan.lanes * plan.chunk_of_values) == (256, 128)
+
+
+@pytest.mark.parametrize(("reduction", "accumulators"), [("mean", 1), ("none", 1)])
+@pytest.mark.parametrize(("tied", "copies"), [(False, 0), (True, 1)])
+def test_the_kernel_is_not_copied_and_has_one_accumulator(tied, copies, reduction, accumulators):
+    """All else that is held is small: the logits of 32 examples, and [N, D]. A transposed kernel is
+    copied once, as the documentation says, and its gradient is transposed into the result."""
+    n, d, v = 64, 256, 8192
+    shape = (v, d) if tied else (d, v)
+
+    def total(hidden, kernel, labels):
+        kernel = kernel.T if tied else kernel
+        return jnp.sum(head(hidden, kernel, labels, reduction=reduction, chunk_size=32))
+
+    at = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((n, d), shape)]
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    compiled = gradient.lower(*at, jax.ShapeDtypeStruct((n,), jnp.int32)).compile()
+    held = compiled.memory_analysis().temp_size_in_bytes / (4 * d * v)
+    assert held <= accumulators + copies + 0.5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_loss_alone_holds_a_chunk_of_values(dtype):
+    n, d, v = LARGE
+    at = jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct((d, v), dtype)
+
+    def temporary(fn):
+        compiled = jax.jit(fn).lower(*at, jax.ShapeDtypeStruct((n,), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(head) <= 4 * (1.1 * 256 * v + (d * v if dtype == jnp.bfloat16 else 0))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_the_logits_never_exist(reduction, dtype):
@@ -844,8 +916,8 @@ def equations(jaxpr):
             yield from equations(program)
 
 
-def operations(jaxpr, trips=None):
-    """Of the matrix products. Of a cond, the most of its branches; `trips` of each while loop."""
+def operations(jaxpr):
+    """Of the matrix products; of a cond, the most of its branches."""
     total = 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -854,11 +926,11 @@ def operations(jaxpr, trips=None):
             a = eqn.invars[0].aval.shape
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(a[i] for i in contracted)
             continue
-        parts = [operations(program, trips) for program in inner(eqn)]
+        parts = [operations(program) for program in inner(eqn)]
         if not any(parts):
             continue
-        times = {"scan": eqn.params.get("length"), "while": trips}.get(name, 1)
-        assert times is not None, "a loop whose length is not known"
+        assert name != "while", "a loop whose length is not known"
+        times = eqn.params["length"] if name == "scan" else 1
         total += times * (max(parts) if name == "cond" else sum(parts))
     return total
 
@@ -900,6 +972,35 @@ def test_work(reduction, argnums, products, static):
     assert products <= found <= products * (1.15 if "chunk_size" in static else 1.0)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("why", ["ignore_index", "weights"])
+def test_examples_that_do_not_count_are_left_out_of_the_work(why, differentiated, monkeypatch):
+    """Of 64 examples in chunks of 16. The tests have 8 devices: a chunk is two of each eighth."""
+    rows = []
+    logits = _linear._logits
+
+    def counted(head, hidden):
+        jax.debug.callback(lambda: rows.append(len(hidden)))
+        return logits(head, hidden)
+
+    monkeypatch.setattr(_linear, "_logits", counted)
+    arguments = arrays(64, D, V, np.float32)
+    for count in (64, 24, 16, 8, 0):
+        live = rng(count).permuted(np.tile(np.arange(8) < count // 8, (8, 1)), axis=1).reshape(-1)
+        if why == "ignore_index":
+            static = {"labels": jnp.where(live, arguments["labels"], IGNORED)}
+        else:
+            static = {"labels": arguments["labels"], "weights": jnp.where(live, 1.0, 0.0)}
+        loss = functools.partial(
+            head, chunk_size=16, ignore_index=IGNORED, reduction="mean", **static
+        )
+        fn = jax.grad(loss, argnums=(0, 1)) if differentiated else loss
+        rows.clear()
+        jax.block_until_ready(jax.jit(fn)(arguments["hidden"], arguments["kernel"]))
+        jax.effects_barrier()
+        assert sum(rows) == (count if differentiated else math.ceil(count / 16) * 16)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 GOOD = {
@@ -933,7 +1034,7 @@ ERRORS = {
     "too few labels": (
         {"labels": np.zeros(3, int)},
         ValueError,
-        r"labels must have shape \(4,\), got \(3,\)",
+        r"labels must have shape \(4,\), class ids, or \(4, 5\), distributions, got \(3,\)",
     ),
     "one label": ({"labels": 0}, ValueError, r"labels.*got \(\)"),
     "float labels": (
@@ -949,7 +1050,7 @@ ERRORS = {
     "other distributions": (
         {"labels": np.zeros((4, D))},
         ValueError,
-        r"labels.*\(4, 5\), got \(4, 3\)",
+        r"labels.*\(4, 5\), distributions, got \(4, 3\)",
     ),
     "labels of None": ({"labels": None}, TypeError, "labels must be an array, got None"),
     "ignore_index of distributions": (
@@ -1034,3 +1135,34 @@ def test_inside_shard_map_over_the_batch():
         return results
 
     assert_close(*run(arguments["hidden"], arguments["kernel"]), rtol=1e-5)
+    text = run.lower(arguments["hidden"], arguments["kernel"]).compile().as_text()
+    before, entry = text.split("\nENTRY")
+    assert "all-reduce" in entry  # the kernel's gradient, once
+    assert "all-reduce(" not in before  # not in the loop over the chunks
+
+
+@pytest.mark.parametrize("kernel_spec", [P(), P(None, "model")], ids=["whole", "split"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_on_a_mesh_with_explicit_axes(reduction, kernel_spec):
+    n, d, v = (16, 4), 8, 40
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    arguments = arrays(n, d, v, np.float32)
+    at = arguments["hidden"], arguments["kernel"]
+
+    def of(loss, labels):
+        def losses(hidden, kernel):
+            loss_of = functools.partial(loss, reduction=reduction)
+            return loss_of(hidden, kernel, labels)
+
+        return quick(losses), quick(jax.grad(lambda *at: jnp.sum(losses(*at)), argnums=(0, 1)))
+
+    want = [fn(*at) for fn in of(naive, arguments["labels"])]
+    with jax.set_mesh(mesh):
+        hidden, labels = (
+            jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (at[0], arguments["labels"])
+        )
+        kernel = jax.device_put(at[1], NamedSharding(mesh, kernel_spec))
+        got = [fn(hidden, kernel) for fn in of(head, labels)]
+    assert jax.typeof(got[0]).sharding.spec == (P("data", None) if reduction == "none" else P())
+    assert jax.typeof(got[1][0]).sharding.spec == P("data", None, None)
+    assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-5)

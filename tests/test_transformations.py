@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, rng
+from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, quick, rng
 
 from jax_sce import _cross_entropy
 from jax_sce._rows import Rows, Targets
@@ -132,7 +132,7 @@ def test_hessians(kind, options):
         losses = jnp.sum(y * (normalizer[:, None] - z), -1)
         return jnp.vdot(cotangents(3), losses + (0.1 if options else 0.0) * normalizer**2)
 
-    want = jax.jit(jax.hessian(reference))(rows)
+    want = quick(jax.hessian(reference))(rows)
     for outer, inner, forward_mode in (
         (jax.jacfwd, jax.jacrev, False),
         (jax.jacrev, jax.jacrev, False),
@@ -140,8 +140,38 @@ def test_hessians(kind, options):
         (jax.jacrev, jax.jacfwd, True),
         (jax.jacfwd, jax.jacfwd, True),
     ):
-        got = jax.jit(outer(inner(functools.partial(f, forward_mode=forward_mode))))(rows)
+        got = quick(outer(inner(functools.partial(f, forward_mode=forward_mode))))(rows)
         assert_close(got, want, rtol=1e-11)
+
+
+@pytest.mark.parametrize("by", ["logits", "labels", "kernel"])
+def test_a_weight_of_zero_has_its_second_derivative(by, kind, loss):
+    """As when examples are weighted by what a step on them would gain, from weights of 0."""
+    labels = labels_for(kind)
+    if by == "labels" and kind == "integer":
+        pytest.skip("class ids are not differentiated")
+    weights = jnp.asarray(np.arange(N) % 3, jnp.float64)
+    kernel, direction = jnp.asarray(rng(50).normal(size=(V, V))), rng(51).normal(size=(N, V))
+    at = {"logits": jnp.asarray(LOGITS), "labels": labels, "kernel": kernel}[by]
+    direction = jnp.asarray(direction[: len(at)])
+
+    def gain(fn, weights):
+        def total(x):
+            if by == "kernel":
+                return jnp.sum(fn(jnp.asarray(LOGITS) @ x, labels, weights) ** 2)
+            return jnp.sum(fn(*((x, labels) if by == "logits" else (LOGITS, x)), weights) ** 2)
+
+        return jnp.vdot(jax.grad(total)(at), direction)
+
+    def ours(logits, labels, weights):
+        return loss(logits, labels, weights=weights, z_loss=0.1) + weights
+
+    def want(logits, labels, weights):
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        return weights * (naive(kind, logits, labels) + 0.1 * normalizer**2) + weights
+
+    got, want = (quick(jax.grad(functools.partial(gain, fn)))(weights) for fn in (ours, want))
+    assert_close(got, want, rtol=1e-11)
 
 
 def test_forward_mode(kind):
