@@ -104,9 +104,9 @@ def softmax_cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
     )
-    view, options = _view(logits, axes, where, options)
-    losses = target_losses(view, labels, axes, options, forward_mode)
-    return reduce_losses(losses.loss, losses.weight, reduction)
+    if where is not None:
+        where = _checks.boolean("where", where)
+    return _of_targets(logits, labels, where, options, axes, reduction, forward_mode)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -188,20 +188,56 @@ def softmax_cross_entropy_with_integer_labels(
     _checks.shape("labels", labels, _rows_shape(logits, axes))
     ignored = _checks.integer_or_none("ignore_index", ignore_index)
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    num_classes = _checks.num_classes(logits, axes)
     options = check_options(
         logits.dtype,
         labels.shape,
-        num_classes,
+        _checks.num_classes(logits, axes),
         label_smoothing=label_smoothing,
         class_weights=class_weights,
         weights=weights,
         z_loss=z_loss,
         softcap=softcap,
     )
+    if where is not None:
+        where = _checks.boolean("where", where)
+    return _of_labels(logits, labels, where, options, axes, ignored, reduction, forward_mode)
+
+
+# Compiled as one where nothing else is; within another compilation, as if they were written there.
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "reduction", "forward_mode"), inline=True)
+def _of_targets(
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    options: "Options",
+    axes: tuple[int, ...],
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
     view, options = _view(logits, axes, where, options)
-    options = options.ignoring(labels, ignored)
-    losses = label_losses(view, class_index(labels, num_classes), options, forward_mode)
+    losses = target_losses(view, labels, axes, options, forward_mode)
+    return reduce_losses(losses.loss, losses.weight, reduction)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("axes", "ignore_index", "reduction", "forward_mode"), inline=True
+)
+def _of_labels(
+    logits: Array,
+    labels: Array,
+    where: Array | None,
+    options: "Options",
+    axes: tuple[int, ...],
+    ignore_index: int | None,
+    reduction: str,
+    forward_mode: bool,
+) -> Array:
+    view, options = _view(logits, axes, where, options)
+    options = options.ignoring(labels, ignore_index)
+    index = class_index(labels, view.rows.num_classes)
+    losses = label_losses(view, index, options, forward_mode)
     return reduce_losses(losses.loss, losses.weight, reduction)
 
 
@@ -291,7 +327,7 @@ class _View(NamedTuple):
 
 
 def _view(
-    logits: Array, axes: tuple[int, ...], where: ArrayLike | None, options: Options
+    logits: Array, axes: tuple[int, ...], where: Array | None, options: Options
 ) -> tuple[_View, Options]:
     if where is None:
         return _View(Rows(logits, None, options.softcap, axes), None), options
@@ -307,13 +343,12 @@ def _view(
 
 
 def _read_where(
-    where: ArrayLike,
+    where: Array,
     logits_shape: tuple[int, ...],
     rows_shape: tuple[int, ...],
     axes: tuple[int, ...],
 ) -> tuple[Array, bool]:
     """`where` as a mask of examples, [N...], or of classes, of the logits' rank; and if it is that."""
-    where = _checks.boolean("where", where)
     if where.ndim == len(logits_shape) and all(where.shape[axis] == 1 for axis in axes):
         where = where.squeeze(axes)
     if where.ndim < len(logits_shape) and _broadcasts(where.shape, rows_shape):

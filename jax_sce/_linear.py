@@ -253,6 +253,7 @@ class _Values(NamedTuple):
     aux: CrossEntropyAux
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _run(
     plans: Plans, reduction: str, forward_mode: bool, head: _Head, examples: _Examples
 ) -> tuple[Array, Array, Array]:

@@ -84,27 +84,30 @@ def _expected(logits, labels, integer, cotangent, options):
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        wide = jnp.asarray(np.asarray(logits.astype(jnp.float32) if logits.dtype.itemsize < 4
-                                      else logits), jnp.float64)  # fmt: skip
-        if integer:
-            losses, pull = jax.vjp(
-                lambda z: reference.softmax_cross_entropy_with_integer_labels(
-                    z, jnp.asarray(np.asarray(labels)), **options
-                ),
-                wide,
-            )
-        else:
-            losses, pull = jax.vjp(
-                lambda z, y: reference.softmax_cross_entropy(z, y, **options),
-                wide,
-                jnp.asarray(np.asarray(labels), jnp.float64),
-            )
-        return np.asarray(losses), tuple(np.asarray(g) for g in pull(jnp.asarray(cotangent)))
+        floats = [jnp.asarray(_wide(logits))] + ([] if integer else [jnp.asarray(_wide(labels))])
+        ids = [jnp.asarray(np.asarray(labels))] if integer else []
+        naive = (
+            reference.softmax_cross_entropy_with_integer_labels
+            if integer
+            else reference.softmax_cross_entropy
+        )
+
+        @jax.jit
+        def run(floats, cotangent):
+            losses, pull = jax.vjp(lambda *floats: naive(*floats, *ids, **options), *floats)
+            return losses, pull(cotangent)
+
+        return jax.tree.map(np.asarray, run(floats, jnp.asarray(cotangent)))
+
+
+def _wide(x: Array) -> np.ndarray:
+    """In float64, exactly."""
+    return np.asarray(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x, np.float64)
 
 
 def _assert_close(what: str, got: Array, want: np.ndarray, rtol: float) -> None:
     """Relative to each row's largest entry: an element near a zero crossing has no digits to keep."""
-    values = np.asarray(got.astype(jnp.float32) if got.dtype.itemsize < 4 else got, np.float64)
+    values = _wide(got)
     scale = np.max(np.abs(want), axis=-1, keepdims=True) if want.ndim > 1 else np.abs(want)
     error = np.abs(values - want) / np.where(scale == 0, 1, scale)
     np.testing.assert_array_less(
