@@ -649,10 +649,25 @@ def _dense(g: Array | SymbolicZero, like: Array) -> Array:
     return jnp.zeros_like(like) if isinstance(g, SymbolicZero) else g
 
 
+# What is differentiated is known when a rule is traced, and the backward rule needs to know it. But the
+# residuals must be the same tree whatever that is, for JAX may take one trace's tree for another's (of a
+# jitted function that is differentiated by one argument, and by two). So there is an array for every
+# field, an empty one where nothing is wanted.
+
+
+def _padded(head: _Head, examples: _Examples, of_wanted: dict[str, Array]) -> dict[str, Array]:
+    fields = head._asdict() | examples._asdict()
+    return {k: of_wanted.get(k, jnp.zeros(0)) for k, x in fields.items() if x is not None}
+
+
+def _unpadded(padded: dict[str, Array]) -> dict[str, Array]:
+    return {k: x for k, x in padded.items() if x.shape != (0,)}
+
+
 class _TotalResiduals(NamedTuple):
     head: _Head
     examples: _Examples
-    gradients: dict[str, Array]  # of the sum of the losses, by the names of the fields
+    gradients: dict[str, Array]  # of the sum of the losses, padded
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -666,11 +681,13 @@ def _total_fwd(plans, head, examples):
     wanted, head, examples = _wanted(head, examples)
     zeros = _nothing(head, plans.default.shape).loss
     values, gradients = _run_gradients(plans, wanted, head, examples, jnp.ones_like(zeros), zeros)
+    gradients = _padded(head, examples, gradients)
     return (jnp.sum(values.loss), values.aux), _TotalResiduals(head, examples, gradients)
 
 
 def _total_bwd(plans, residuals, cotangents):
     head, examples, gradients = residuals
+    gradients = _unpadded(gradients)
     g, g_log_normalizer = cotangents[0], cotangents[1].log_normalizer
     zeros = _nothing(head, plans.default.shape).loss
     g = _dense(g, jnp.zeros((), zeros.dtype))
@@ -689,7 +706,7 @@ _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 class _EachResiduals(NamedTuple):
     head: _Head
     examples: _Examples
-    wanted: dict[str, None]  # its keys: names that are known when tracing can only be kept so
+    wanted: dict[str, Array]  # anything, padded
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -701,14 +718,15 @@ def _each(plans: Plans, head: _Head, examples: _Examples) -> _Values:
 def _each_fwd(plans, head, examples):
     wanted, head, examples = _wanted(head, examples)
     values = plans.run(_values, head, examples)
-    return values, _EachResiduals(head, examples, dict.fromkeys(wanted))
+    padded = _padded(head, examples, dict.fromkeys(wanted, jnp.zeros(1)))
+    return values, _EachResiduals(head, examples, padded)
 
 
 def _each_bwd(plans, residuals, cotangents):
     head, examples, wanted = residuals
     zeros = _nothing(head, plans.default.shape).loss
     g = _dense(cotangents.loss, zeros), _dense(cotangents.aux.log_normalizer, zeros)
-    _, gradients = _run_gradients(plans, frozenset(wanted), head, examples, *g)
+    _, gradients = _run_gradients(plans, frozenset(_unpadded(wanted)), head, examples, *g)
     return _cotangents(head, examples, gradients)
 
 

@@ -34,7 +34,7 @@ DENSE = softmax_cross_entropy
 BOTH = {"integer": INTEGER, "dense": DENSE}
 
 
-# Most of the time of many small programs is LLVM's, and what it optimizes does not matter to most checks.
+# Most of the time of many small programs is LLVM's; what it optimizes does not matter to most checks.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 

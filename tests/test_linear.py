@@ -709,6 +709,34 @@ def test_checkpoint_in_scan(reduction, x64):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_one_trace_is_differentiated_by_one_argument_and_by_another(reduction, x64):
+    """JAX traces the jitted function once; what the one derivative keeps must not be taken for what the
+    other does."""
+    arguments = arrays(N, D, V, bias=None)
+    at, labels = (arguments["hidden"], arguments["kernel"]), arguments["labels"]
+
+    def gradients(loss):
+        @jax.jit
+        def total(hidden, kernel):
+            return jnp.sum(loss(hidden, kernel, labels, reduction=reduction) ** 2)
+
+        def in_scan(*at):
+            def step(carry, _):
+                return carry + jax.checkpoint(total)(*at), None
+
+            return jax.lax.scan(step, jnp.zeros(()), jnp.arange(2))[0]
+
+        return [
+            jax.grad(fn, argnums)(*at)
+            for fn in (total, in_scan)
+            for argnums in ((0,), (0, 1), (1,), (0, 1))
+        ]
+
+    ours = functools.partial(head, chunk_size=3)
+    assert_close(gradients(ours), gradients(naive))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_second_derivatives(reduction, x64):
     """Reverse over reverse and forward over reverse, of hidden states and kernel at once, by
     products with a vector."""
