@@ -1,0 +1,30 @@
+"""Losses side by side on your machine: `python -m jax_sce.benchmark`, or `compare` for your own.
+
+How it is measured:
+
+- Every pass of every peer is compiled first, run once, and its answer is compared with float64: the
+  mean loss, and a sample of each gradient. One that is off by more than rounding is shown as wrong and
+  is not timed. What fails, or needs more memory than there is, is shown with the reason.
+- Peers of the same shape, dtype and pass take turns: in each round each is timed once, and each round
+  begins with another. Shown are the median of the rounds and the quartiles.
+- One reading of the clock covers as many runs as last two milliseconds, one at least, and the end of
+  the device's work is awaited after each of them.
+- All peers read the same arrays, PyTorch too, and with as many threads. `value_and_grad` writes its
+  results into fresh memory, as a first call does; `donated_gradient` writes them over the logits,
+  which is what a training step that is compiled whole can do, and what the loss itself costs.
+- In the same rounds the floors are timed: of logits, a pass over them that only negates them, fresh
+  or in place; of a linear head, its matrix products, without any loss. They are a
+  measure, not a bound: a forward pass of logits writes nothing, and the products of a chunk may run
+  faster than those of the whole head.
+- Ratios are of medians: to optax for logits; for heads to `naive`, optax's loss of logits accumulated
+  in float32.
+- The compile time is that of tracing and compiling, once. Temporary memory is what the compiler sets
+  aside for a pass beside its arguments and results. On CPU, under Linux, the peak of resident memory
+  over that of the arguments is measured too, in a fresh process for each peer.
+
+`compare` alone needs JAX and NumPy, and of the peers those that are installed; the command draws and
+tabulates with the packages of `pip install "jax_sce[benchmark]"`.
+"""
+
+from ._compare import Row as Row, compare as compare
+from ._measure import Quartiles as Quartiles

@@ -1,0 +1,202 @@
+"""What is measured: the subjects with their passes and shapes, the inputs, and the float64 answers.
+
+The inputs are drawn once for a shape and rounded to bfloat16, so that both dtypes see the same numbers
+and have the same answer. It is computed in float64, in blocks of examples, and of the gradients, which
+are as large as the inputs, as a sample: 64 rows of the logits' or the hidden states' gradient, spread
+evenly from the first to the last, and some 64 columns of the kernel's, half of them those of labels.
+
+The error of a gradient is relative in the L1 norm, `sum |g - g64| / sum |g64|`: over the sampled rows
+together, and for each column of the kernel apart, of which the worst counts. A norm of the largest
+element would see little but the labels' elements, and not that the softmax's part is lost.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+DTYPES = ("float32", "bfloat16")
+PASSES = {
+    "logits": ("forward", "value_and_grad", "donated_gradient", "eager_forward"),
+    "linear": ("forward", "value_and_grad", "eager_forward"),
+}
+
+# (N, V) and (N, D, V), the largest last: from few classes to the vocabularies of language models.
+_SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
+    "cpu": {
+        "logits": [(65536, 10), (4096, 1000), (512, 32000), (128, 128256)],
+        "linear": [(1024, 64, 8192), (1024, 64, 32000)],
+    },
+    "default": {
+        "logits": [(8192, 32000), (8192, 128256), (4096, 256000)],
+        "linear": [(8192, 2304, 256000), (32768, 4096, 128256)],
+    },
+}
+
+# The largest errors of the value and of the gradient that are taken for rounding. The most that right
+# losses showed on CPU: 2e-7 and 2e-6 in float32, whose gradients get room for products in TF32, and 6e-3
+# and 2e-2 in bfloat16. A lost term is some per cent or more. A few padded classes that are counted, of
+# many thousand, are 2e-5 of the value or more: seen in float32, but not in bfloat16.
+_BOUNDS = {"float32": (1e-5, 1e-3), "bfloat16": (2e-2, 5e-2)}
+
+_SAMPLE = 64  # rows, and columns
+_BLOCK = 2**25  # float64 logits at a time
+
+
+def default_shapes(subject: str) -> list[tuple[int, ...]]:
+    return _SHAPES["cpu" if jax.default_backend() == "cpu" else "default"][subject]
+
+
+def default_dtypes(subject: str) -> list[str]:
+    """Heads as large as those for an accelerator are run there in 16 bits."""
+    only_16_bits = subject == "linear" and jax.default_backend() != "cpu"
+    return ["bfloat16"] if only_16_bits else list(DTYPES)
+
+
+def default_passes(subject: str) -> list[str]:
+    return [name for name in PASSES[subject] if name != "eager_forward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A subject, the shape of its problem, and the dtype of its float arguments."""
+
+    subject: str  # "logits" or "linear"
+    shape: tuple[int, ...]  # (N, V) or (N, D, V)
+    dtype: str  # "float32" or "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.subject not in PASSES:
+            raise ValueError(f"subject must be one of {', '.join(PASSES)}, got {self.subject!r}")
+        rank = 2 if self.subject == "logits" else 3
+        if len(self.shape) != rank or min(self.shape) < 1:
+            sizes = "NxV" if rank == 2 else "NxDxV"
+            raise ValueError(f"a shape of {self.subject} must be {sizes}, got {self.shape}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What a loss takes: logits [N, V], or hidden [N, D] and kernel [D, V]; and labels [N]."""
+        n, *d, v = self.shape
+        floats = [(n, v)] if self.subject == "logits" else [(n, *d), (*d, v)]
+        dtype = jnp.dtype(self.dtype)
+        labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+        return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in floats), labels)
+
+    def arrays(self) -> tuple[Array, ...]:
+        """Those arguments, on the device and ready."""
+        *floats, labels = _draw(self.subject, self.shape)
+        arrays = (*(jnp.asarray(x).astype(self.dtype) for x in floats), jnp.asarray(labels))
+        return jax.block_until_ready(arrays)
+
+    def check(self, value: Any, gradients: Sequence[Any]) -> "Errors":
+        """The errors of a pass's answer, in arrays of JAX or PyTorch."""
+        expected = _expected(self.subject, self.shape)
+        sample = expected.sample
+        gradients = [jnp.from_dlpack(x) for x in gradients]
+        value_error = gradient_error = None
+        if value is not None:
+            value_error = abs(float(value) - expected.value) / abs(expected.value)
+        if gradients:
+            gradient_error = _l1_error(gradients[0][sample.rows], expected.rows, axis=None)
+        if len(gradients) > 1:
+            by_column = _l1_error(gradients[1][:, sample.columns], expected.columns, axis=0)
+            gradient_error = np.max([gradient_error, by_column])  # NaN if one of them is
+        return Errors(value_error, None if gradient_error is None else float(gradient_error))
+
+
+class Errors(NamedTuple):
+    """Relative to float64; None for what the pass does not return."""
+
+    value: float | None = None
+    gradient: float | None = None
+
+    def fault(self, dtype: str) -> str:
+        """What is wrong, in words, or nothing."""
+        for name, error, bound in zip(self._fields, self, _BOUNDS[dtype], strict=True):
+            if error is not None and not math.isfinite(error):
+                return f"the {name} is not finite"
+            if error is not None and error > bound:
+                return f"the {name} is off by {error:.2g} of its size"
+        return ""
+
+
+class _Sample(NamedTuple):
+    rows: np.ndarray  # examples
+    columns: np.ndarray  # classes
+
+
+class _Expected(NamedTuple):
+    sample: _Sample
+    value: float  # the mean loss
+    rows: np.ndarray  # of the gradient by the logits or the hidden states, [rows, V or D]
+    columns: np.ndarray | None  # of the gradient by the kernel, [D, columns]
+
+
+def _l1_error(got: Array, expected: Any, axis: int | None) -> np.ndarray:
+    difference = np.abs(np.asarray(got.astype(jnp.float32), np.float64) - expected)
+    return np.max(difference.sum(axis) / np.abs(expected).sum(axis))
+
+
+@functools.lru_cache(maxsize=1)
+def _draw(subject: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Logits of a trained model's spread, in bfloat16, and labels."""
+    draws = np.random.default_rng(0)
+
+    def normal(scale: float, *shape: int) -> np.ndarray:
+        return (scale * draws.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
+
+    n, *d, v = shape
+    labels = draws.integers(v, size=n, dtype=np.int32)
+    if subject == "logits":
+        return normal(2.5, n, v), labels
+    return normal(1.0, n, *d), normal(2.5 / math.sqrt(d[0]), *d, v), labels
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(subject: str, shape: tuple[int, ...]) -> _Expected:
+    n, v = shape[0], shape[-1]
+    inputs = _draw(subject, shape)
+    rows = np.unique(np.linspace(0, n - 1, _SAMPLE, dtype=np.int64))
+    evenly = np.linspace(0, v - 1, _SAMPLE // 2, dtype=np.int64)
+    columns = np.unique(np.concatenate([evenly, inputs[-1][rows[::2]]]))
+    sample = _Sample(rows, columns)
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        answers = jax.jit(_answers)(sample, inputs)
+        return _Expected(sample, float(answers[0]), *jax.tree.map(np.asarray, answers[1:]))
+
+
+def _answers(sample: _Sample, inputs: tuple[Array, ...]) -> tuple[Array, Array, Array | None]:
+    """The naive formulas in float64, in blocks of examples."""
+    examples, *kernels, labels = inputs
+    kernel = kernels[0].astype(jnp.float64) if kernels else None
+    n, v = len(labels), inputs[-2].shape[-1]
+
+    def logits(example: Array) -> Array:
+        wide = example.astype(jnp.float64)
+        return wide if kernel is None else wide @ kernel
+
+    def loss_and_cotangents(example: Array, label: Array) -> tuple[Array, Array]:
+        z = logits(example)
+        normalizer = jax.nn.logsumexp(z)
+        at = sample.columns
+        return normalizer - z[label], (jnp.exp(z[at] - normalizer) - (at == label)) / n
+
+    losses, at_columns = lax.map(
+        lambda x: loss_and_cotangents(*x), (examples, labels), batch_size=max(_BLOCK // v, 1)
+    )
+    z = jax.vmap(logits)(examples[sample.rows])
+    rows = (jax.nn.softmax(z) - jax.nn.one_hot(labels[sample.rows], v)) / n
+    if kernel is None:
+        return jnp.mean(losses), rows, None
+    return jnp.mean(losses), rows @ kernel.T, examples.astype(jnp.float64).T @ at_columns

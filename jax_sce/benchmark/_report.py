@@ -1,0 +1,66 @@
+"""All that a run of the command found, and its JSON, which `schema.json` describes."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax_sce
+
+from ._compare import Row
+from ._machine import hardware
+from ._measure import Quartiles
+from ._scaling import Fit
+
+SCHEMA = Path(__file__).with_name("schema.json")
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "tokamax", "jax-cce", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    command: list[str]  # the arguments
+    rows: list[Row]
+    missing: Mapping[str, list[str]]  # by subject: the packages whose peers are not there
+    fits: list[Fit]
+    import_seconds: Quartiles | None
+    wall_seconds: float  # that the run took
+
+    def to_json(self) -> str:
+        document = {
+            "schema": 1,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "hardware": hardware(),
+            **dataclasses.asdict(self),
+        }
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library, and those that are installed of the others."""
+    found = {"python": platform.python_version(), "jax_sce": jax_sce.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """By subject and dtype, that of jax_sce's ratios to the baseline."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.peer == "jax_sce" and row.ratio is not None:
+            ratios.setdefault((row.subject, row.dtype), []).append(row.ratio)
+    return {key: math.exp(sum(map(math.log, r)) / len(r)) for key, r in ratios.items()}
+
+
+def is_right(rows: Sequence[Row]) -> bool:
+    """Whether jax_sce has not failed, nor been wrong."""
+    return all(row.status == "ok" for row in rows if row.peer == "jax_sce")

@@ -1,0 +1,366 @@
+"""The benchmark: what it finds out, what it writes, and that nothing stops it. No time is asserted."""
+
+import json
+import subprocess
+import sys
+import time
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import optax
+import pytest
+from support import exact_gradient, exact_loss, wide
+
+from jax_sce.benchmark import Quartiles, Row, compare
+from jax_sce.benchmark.__main__ import parse
+from jax_sce.benchmark._cases import DTYPES, PASSES, Case
+from jax_sce.benchmark._measure import round_robin
+from jax_sce.benchmark._peak import peak_bytes
+from jax_sce.benchmark._report import SCHEMA, geometric_means, is_right
+from jax_sce.benchmark._scaling import Plan, fitted_exponent, scaling
+
+pytestmark = pytest.mark.usefixtures("lax_promotion")  # the peers are not ours
+
+SHAPES = {"logits": (96, 200), "linear": (64, 16, 200)}
+OURS = ["optax", "naive", "jax_sce"]
+
+
+def logits_loss(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def head_loss(hidden, kernel, labels):
+    return logits_loss(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), labels)
+
+
+LOSSES = {"logits": logits_loss, "linear": head_loss}
+
+
+def compare_one(loss, subject="logits", dtype="float32", pass_name="value_and_grad", **options):
+    """The row of a loss of one's own."""
+    rows = compare(
+        subject,
+        {"mine": loss},
+        shapes=[SHAPES[subject]],
+        dtypes=[dtype],
+        passes=[pass_name],
+        peers=[],
+        rounds=1,
+        **options,
+    )
+    assert [row.peer for row in rows] == ["floor", "mine"]
+    return rows[-1]
+
+
+def with_gradient(loss, change, argument):
+    """The value of `loss`, and its gradient by that argument as `change` makes it."""
+
+    @jax.custom_vjp
+    def altered(x):
+        return x
+
+    altered.defvjp(lambda x: (x, None), lambda _, g: (change(g),))
+    return lambda *args: loss(*(altered(x) if i == argument else x for i, x in enumerate(args)))
+
+
+# -- what is right and what is wrong -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subject", SHAPES)
+def test_right_losses_are_timed(subject):
+    peers = ["optax", "jax_sce"] if subject == "logits" else ["naive", "jax_sce"]
+    rows = compare(
+        subject,
+        {"mine": LOSSES[subject]},
+        shapes=[SHAPES[subject]],
+        dtypes=["float32"],
+        passes=PASSES[subject],
+        peers=peers,
+        rounds=2,
+    )
+    assert len(rows) == len(PASSES[subject]) * (2 + len(peers))
+    for row in rows:
+        assert (row.status, row.detail) == ("ok", "")
+        assert row.seconds.low <= row.seconds.median <= row.seconds.high
+        is_floor = row.peer == "floor"
+        assert (row.floor_fraction == 1) == is_floor
+        assert (row.value_error is None) == (is_floor or row.pass_name == "donated_gradient")
+        assert (row.gradient_error is None) == (is_floor or "grad" not in row.pass_name)
+        assert (row.compile_seconds is None) == (row.pass_name == "eager_forward" and not is_floor)
+    assert {row.peer for row in rows if row.ratio == 1} == {peers[0]}
+
+
+@pytest.mark.parametrize("subject", SHAPES)
+def test_the_rounding_of_16_bits_is_not_wrong(subject):
+    rows = compare(subject, {"mine": LOSSES[subject]}, shapes=[SHAPES[subject]],
+                   dtypes=["bfloat16"], passes=["value_and_grad"], rounds=1)  # fmt: skip
+    assert {row.status for row in rows if row.peer in {"mine", *OURS}} == {"ok"}
+
+
+def a_tenth_too_large(g):
+    return 1.1 * g
+
+
+def without_the_softmax(g):
+    return jnp.where(g < 0, g, 0)
+
+
+def last_class_lost(g):
+    return g.at[:, -1].set(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("subject", "argument", "change"),
+    [
+        ("logits", 0, a_tenth_too_large),
+        ("logits", 0, without_the_softmax),
+        ("linear", 0, a_tenth_too_large),
+        ("linear", 1, a_tenth_too_large),
+        ("linear", 1, last_class_lost),
+    ],
+)
+def test_a_wrong_gradient_is_wrong_and_not_fast(subject, argument, change, dtype):
+    loss = with_gradient(LOSSES[subject], lambda g: change(g).astype(g.dtype), argument)
+    row = compare_one(loss, subject, dtype)
+    assert row.status == "wrong"
+    assert row.detail.startswith("the gradient is off by")
+    assert (row.seconds, row.ratio, row.floor_fraction) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("factor", "detail"), [(1.05, "the value is off"), (np.nan, "the value is not finite")]
+)
+def test_a_wrong_value_is_wrong(factor, detail):
+    row = compare_one(lambda *args: factor * logits_loss(*args), pass_name="forward")
+    assert row.status == "wrong"
+    assert row.detail.startswith(detail)
+    assert row.seconds is None
+
+
+def test_the_answers_that_all_are_compared_with():
+    case = Case("logits", (70, 50), "float32")
+    logits, labels = case.arrays()
+    gradient = exact_gradient(logits, labels) / len(labels)
+    errors = case.check(jnp.float32(exact_loss(logits, labels).mean()), [jnp.float32(gradient)])
+    assert max(errors) < 1e-6
+
+    case = Case("linear", (70, 8, 50), "float32")
+    hidden, kernel, labels = case.arrays()
+    logits = wide(hidden) @ wide(kernel)
+    gradient = exact_gradient(logits, labels) / len(labels)
+    gradients = [gradient @ wide(kernel).T, wide(hidden).T @ gradient]
+    value = jnp.float32(exact_loss(logits, labels).mean())
+    errors = case.check(value, [jnp.float32(g) for g in gradients])
+    assert max(errors) < 1e-6
+
+
+def test_both_dtypes_see_the_same_numbers():
+    single, half = (Case("logits", (9, 7), dtype).arrays()[0] for dtype in DTYPES)
+    assert (single.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(single, half.astype(jnp.float32))
+
+
+# -- nothing stops it --------------------------------------------------------------------------------
+
+
+def test_a_peer_that_raises_does_not_end_the_run():
+    def broken(logits, labels):
+        raise RuntimeError("out of ideas\nand of lines")
+
+    losses = {"broken": broken, "mine": logits_loss}
+    rows = compare("logits", losses, shapes=[(8, 10)], dtypes=["float32"], passes=["forward"],
+                   peers=["jax_sce"], rounds=1)  # fmt: skip
+    assert [(row.peer, row.status) for row in rows] == [
+        ("floor", "ok"), ("jax_sce", "ok"), ("broken", "failed"), ("mine", "ok"),
+    ]  # fmt: skip
+    assert rows[2].detail == "RuntimeError: out of ideas"
+
+
+def test_a_peer_that_raises_later_loses_its_turns():
+    calls = []
+
+    def tires():
+        calls.append("tires")
+        if len(calls) > 5:
+            raise RuntimeError("tired")
+
+    seconds = round_robin({"tires": tires, "goes on": lambda: None}, 4, lambda: None)
+    assert isinstance(seconds["tires"], RuntimeError)
+    assert len(seconds["goes on"]) == 4
+
+
+def test_what_needs_more_memory_than_there_is_does_not_run():
+    row = compare_one(logits_loss, memory_limit=2**16)
+    assert row.status == "failed"
+    assert "are available" in row.detail
+    assert row.temporary_bytes is not None  # it was compiled
+    assert row.seconds is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"subject": "logit"}, "subject must be one of logits, linear, got 'logit'"),
+        ({"shapes": [(8, 4, 10)]}, "a shape of logits must be NxV"),
+        ({"dtypes": ["float64"]}, "dtype must be one of float32, bfloat16, got 'float64'"),
+        ({"passes": ["backward"]}, "passes of logits must be among .*, got 'backward'"),
+        ({"peers": ["numpy"]}, "peers of logits must be among .*, got 'numpy'"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"losses": {"optax": logits_loss}}, "losses must have names that no peer has"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        compare(**{"subject": "logits", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("logit", "subjects must be among logits, linear, scaling, small, got 'logit'"),
+        ("--shapes 1024", "shapes must be like 1024x32000 or 512x64x8192, got '1024'"),
+        ("--dtypes float64", "dtypes must be among float32, bfloat16, got 'float64'"),
+        ("--passes backward", "got 'backward'"),
+        ("--peers numpy", "got 'numpy'"),
+        ("--rounds 0", "--rounds must be at least 1, got 0"),
+        ("linear --shapes 8x10", "--shapes: none of these is for linear"),
+        ("linear --passes donated_gradient", "--passes: none of these is for linear"),
+        ("small --peers optax", "are for logits and linear"),
+        ("--json nowhere/at/all.json", "there is no folder nowhere"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        parse()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_shapes_choose_the_subjects(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--shapes", "8x10,16x20", "--dtypes", "float32"])
+    options = parse().options
+    assert list(options) == ["logits"]
+    assert options["logits"]["shapes"] == [(8, 10), (16, 20)]
+    assert options["logits"]["dtypes"] == ["float32"]
+
+
+# -- statistics --------------------------------------------------------------------------------------
+
+
+def test_quartiles():
+    assert Quartiles.of([3.0]) == Quartiles(3.0, 3.0, 3.0)
+    assert Quartiles.of([9.0, 1.0, 5.0, 3.0, 7.0]) == Quartiles(3.0, 5.0, 7.0)
+
+
+def test_each_round_begins_with_the_next():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    rounds = []
+
+    def end_round():
+        rounds.append("".join(name for name, _ in groupby(order)))
+        order.clear()
+
+    seconds = round_robin(runs, 4, end_round)
+    assert rounds == ["abc", "bca", "cab", "abc"]
+    assert {len(samples) for samples in seconds.values()} == {4}
+
+
+def test_one_slow_reading_does_not_decide_how_many_runs_the_next_ones_take():
+    calls = []
+
+    def slow_at_first():
+        time.sleep(0 if calls else 0.01)
+        calls.append("run")
+
+    ends = []
+    round_robin({"slow at first": slow_at_first}, 3, lambda: ends.append(len(calls)))
+    assert ends[0] == 1
+    assert ends[2] - ends[1] > 1
+
+
+def test_exponents():
+    sizes = np.array([1e3, 4e3, 9e3])
+    assert fitted_exponent(sizes, 7 * sizes**1.5) == pytest.approx(1.5)
+    assert fitted_exponent(sizes, [5, 5, 5]) == pytest.approx(0, abs=1e-12)
+
+
+def synthetic(peer, ratio, status="ok"):
+    return Row("logits", (8, 10), "float32", "forward", peer, status, ratio=ratio)
+
+
+def test_the_mean_of_ratios_is_geometric_and_ours():
+    rows = [synthetic("jax_sce", 0.5), synthetic("jax_sce", 2.0), synthetic("naive", 9.0)]
+    assert geometric_means(rows) == {("logits", "float32"): pytest.approx(1)}
+
+
+def test_only_our_own_faults_are_the_command_s():
+    assert is_right([synthetic("naive", None, "wrong"), synthetic("jax_sce", 1.0)])
+    assert not is_right([synthetic("jax_sce", None, "wrong")])
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+def test_scaling_shows_what_naive_cannot_hold():
+    plan = Plan(features=8, examples=64, classes=128, over_classes=[128, 256],
+                over_examples=[64, 128], rounds=1, beyond_features=8, beyond_classes=4096,
+                memory=2**24)  # fmt: skip
+    rows, fits = scaling(plan)
+    assert {row.subject for row in rows} == {"scaling"}
+    failed = [row for row in rows if row.status != "ok" and row.peer != "floor"]
+    assert [(row.peer, row.shape) for row in failed] == [("naive", (768, 8, 4096))]
+    assert any((row.peer, row.shape) == ("jax_sce", (768, 8, 4096)) for row in rows)
+    assert {(fit.cost, fit.size) for fit in fits if fit.peer == "jax_sce"} == {
+        (cost, size) for cost in ("seconds", "temporary_bytes") for size in "VN"
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
+def test_the_peak_counts_the_results():
+    case = Case("logits", (2048, 4096), "float32")
+    peak = peak_bytes(case, "value_and_grad", "optax")
+    gradient = 2048 * 4096 * 4
+    assert 0.9 * gradient < peak < 3 * gradient
+
+
+def test_the_command(tmp_path):
+    shapes = ",".join("x".join(map(str, shape)) for shape in SHAPES.values())
+    command = [sys.executable, "-m", "jax_sce.benchmark", "logits", "linear", "small", "--quick",
+               "--shapes", shapes, "--passes", "value_and_grad", "--rounds", "1",
+               "--json", tmp_path / "report.json", "--plot", tmp_path / "pictures"]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(report, schema)
+    assert {row["subject"] for row in report["rows"]} == {"logits", "linear", "small"}
+    assert {row["status"] for row in report["rows"] if row["peer"] in OURS} == {"ok"}
+    assert report["import_seconds"]["median"] > 0
+
+    for subject in ("logits", "linear"):
+        picture = (tmp_path / "pictures" / f"{subject}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    assert "jax_sce, linear float32:" in ended.stdout
+    for packages in report["missing"].values():
+        for package in packages:
+            assert package in ended.stdout
+
+
+def test_importing_brings_no_more_than_is_used():
+    code = """
+import sys
+import jax_sce
+assert "jax_sce.benchmark" not in sys.modules
+import jax_sce.benchmark
+print(*{"optax", "rich", "matplotlib", "torch", "tokamax"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "\n"
