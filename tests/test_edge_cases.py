@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, DENSE, INTEGER, TOLERANCE, cotangents, one_hot, rng
+from support import BOTH, DENSE, INTEGER, TOLERANCE, cotangents, one_hot, quick, rng
 
 N, V = 8, 5
 NAN, INF = np.nan, np.inf
@@ -67,7 +67,7 @@ def runner(kind, options, mode, ignore_index=None):
             results[reduction] = value, pull(jnp.asarray(g, value.dtype))[0]
         return results
 
-    return run if mode == "eager" else jax.jit(run)
+    return run if mode == "eager" else quick(run)
 
 
 def where_combined(*lists):
