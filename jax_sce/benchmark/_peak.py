@@ -1,4 +1,4 @@
-"""The peak of resident memory, of one run in a fresh process: `python -m jax_sce.benchmark._peak JSON`.
+"""The peak of resident memory, of one run in a fresh process.
 
 In a process that has done other work the peak would be that of the other work, and memory that was freed
 and kept would hide what is used again. So a child compiles one pass of one peer, runs it for a few
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from ._cases import Case
@@ -25,7 +26,7 @@ def peak_bytes(case: Case, pass_name: str, peer: str) -> int | None:
     if not _RESET.exists():
         return None
     job = json.dumps([case.subject, case.shape, case.dtype, pass_name, peer])
-    command = [sys.executable, "-m", __spec__.name, job]
+    command = [sys.executable, "-c", f"from {__name__} import main; main()", job]
     # Blocks of this size and more go back to the system as soon as they are freed, so that what was
     # resident before is the arguments, and no heap that the run could take for nothing.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
@@ -39,6 +40,15 @@ def _resident(field: str) -> int:
     return int(kibibytes.split()[0]) * 1024
 
 
+def _settled() -> int:
+    """What is resident once other threads have freed what making the arguments took."""
+    before, now = -1, _resident("VmRSS")
+    while now != before:
+        time.sleep(0.1)
+        before, now = now, _resident("VmRSS")
+    return now
+
+
 def main() -> None:
     subject, shape, dtype, pass_name, name = json.loads(sys.argv[1])
     (peer,) = choose(subject, [name], {})
@@ -47,11 +57,7 @@ def main() -> None:
 
     case = Case(subject, tuple(shape), dtype)
     run = peer.program(case, pass_name).start(case.arrays())
+    before = _settled()
     _RESET.write_text("5")
-    before = _resident("VmRSS")
     run()
     print(_resident("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    main()
