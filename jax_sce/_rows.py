@@ -55,10 +55,11 @@ from jax import Array, lax
 
 # On CPU, long rows are read in blocks of classes (`_statistics_in_blocks`). Widths from 128 to 8000 ran
 # equally fast, narrower ones a little slower; what is written is one number a block and then one block,
-# so both are kept small.
+# so both are kept small. That one block is a row of its own: of 16 bits it is cut again and again until
+# it is short, for the compiler would widen it; of others once, for every cut is compiled.
 _BLOCK_WIDTHS = range(16, 513)
 _LONG_ROW = 256
-_SHORT_ROW = 40
+_SHORT_16_BIT_ROW = 40
 
 
 class Statistics(NamedTuple):
@@ -262,7 +263,8 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
         return _statistics_in_blocks(Rows(logits, None, rows.softcap, (logits.ndim - 1,)))
 
     num_classes = rows.num_classes
-    if num_classes <= _SHORT_ROW:
+    is_16_bit = rows.logits.dtype.itemsize == 2
+    if num_classes <= (_SHORT_16_BIT_ROW if is_16_bit else _LONG_ROW):
         return _statistics_at_once(rows)
     best = min(max(num_classes // 160, 50), 240)
     divisors = [w for w in _BLOCK_WIDTHS if num_classes % w == 0 and w < num_classes]
