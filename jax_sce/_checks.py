@@ -36,8 +36,10 @@ def real(name: str, x: ArrayLike) -> Array:
     return array
 
 
-def boolean(name: str, x: ArrayLike) -> Array:
+def boolean_or_none(name: str, x: ArrayLike | None) -> Array | None:
     """`x` as an array of bools."""
+    if x is None:
+        return None
     array = _array(name, x)
     if array.dtype != jnp.bool_:
         raise TypeError(f"{name} must have dtype bool, got {array.dtype}")

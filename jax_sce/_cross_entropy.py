@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _checks, _rows
-from ._reduction import REDUCTIONS, reduce_losses, times
+from ._reduction import REDUCTIONS, both, reduce_losses, times
 from ._rows import Rows, Statistics, Targets
 
 
@@ -104,8 +104,7 @@ def softmax_cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
     )
-    if where is not None:
-        where = _checks.boolean("where", where)
+    where = _checks.boolean_or_none("where", where)
     return _of_targets(logits, labels, where, options, axes, reduction, forward_mode)
 
 
@@ -198,8 +197,7 @@ def softmax_cross_entropy_with_integer_labels(
         z_loss=z_loss,
         softcap=softcap,
     )
-    if where is not None:
-        where = _checks.boolean("where", where)
+    where = _checks.boolean_or_none("where", where)
     return _of_labels(logits, labels, where, options, axes, ignored, reduction, forward_mode)
 
 
@@ -217,8 +215,8 @@ def _of_targets(
     forward_mode: bool,
 ) -> Array:
     view, options = _view(logits, axes, where, options)
-    losses = target_losses(view, labels, axes, options, forward_mode)
-    return reduce_losses(losses.loss, losses.weight, reduction)
+    loss = target_losses(view, labels, axes, options, forward_mode).loss
+    return reduce_losses(loss, example_weights(options, loss.shape, loss.dtype), reduction)
 
 
 @functools.partial(
@@ -237,8 +235,8 @@ def _of_labels(
     view, options = _view(logits, axes, where, options)
     options = options.ignoring(labels, ignore_index)
     index = class_index(labels, view.rows.num_classes)
-    losses = label_losses(view, index, options, forward_mode)
-    return reduce_losses(losses.loss, losses.weight, reduction)
+    loss = label_losses(view, index, options, forward_mode).loss
+    return reduce_losses(loss, label_weights(index, options, loss.dtype), reduction)
 
 
 # -- options ------------------------------------------------------------------------------------------
@@ -255,7 +253,7 @@ class Options(NamedTuple):
     softcap: Array | None  # scalar
 
     def keeping(self, kept: Array) -> "Options":
-        return self._replace(kept=kept if self.kept is None else self.kept & kept)
+        return self._replace(kept=both(self.kept, kept))
 
     def ignoring(self, labels: Array, ignore_index: int | None) -> "Options":
         """Without the examples of that label, compared without wrapping."""
@@ -269,9 +267,7 @@ class Options(NamedTuple):
     @property
     def counts(self) -> Array | None:
         """[N...], the examples that are kept and have a weight other than 0."""
-        if self.weights is None:
-            return self.kept
-        return self.weights != 0 if self.kept is None else self.kept & (self.weights != 0)
+        return both(self.kept, None if self.weights is None else self.weights != 0)
 
 
 def check_options(
@@ -326,15 +322,20 @@ class _View(NamedTuple):
     classes_kept: Array | None  # bool, [N... or 1..., V]
 
 
+def logits_view(logits: Array, axes: tuple[int, ...], options: Options) -> _View:
+    """All classes are there."""
+    return _View(Rows(logits, None, options.softcap, axes), None)
+
+
 def _view(
     logits: Array, axes: tuple[int, ...], where: Array | None, options: Options
 ) -> tuple[_View, Options]:
     if where is None:
-        return _View(Rows(logits, None, options.softcap, axes), None), options
+        return logits_view(logits, axes, options), options
     rows_shape = _rows_shape(logits, axes)
     mask, is_of_classes = _read_where(where, logits.shape, rows_shape, axes)
     if not is_of_classes:
-        return _View(Rows(logits, None, options.softcap, axes), None), options.keeping(mask)
+        return logits_view(logits, axes, options), options.keeping(mask)
     # Expand the class axes alone: a mask that all examples share stays small.
     sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(mask.shape)]
     classes_kept = _rows.classes_last(jnp.broadcast_to(mask, sizes), axes)
@@ -381,21 +382,12 @@ class Losses(NamedTuple):
     """Of each example, [N...]."""
 
     loss: Array  # weighted; 0 if it does not count
-    weight: Array  # its part of what a mean divides by
     log_normalizer: Array  # 0 if it does not count
-
-
-def logits_view(logits: Array, options: Options) -> _View:
-    """Logits with the classes on the last axis, all of them there."""
-    return _View(Rows(logits, None, options.softcap, (logits.ndim - 1,)), None)
 
 
 def label_losses(view: _View, index: Array, options: Options, forward_mode: bool) -> Losses:
     """Of class ids, [N...], -1 for a bad one."""
-    if options.weights is not None:
-        options = options.keeping(~((index < 0) & (options.weights == 0)))
-    if options.kept is not None:
-        index = jnp.where(options.kept, index, 0)
+    index, options = _excused(index, options)
     if options.smoothing is None:
         rule = _label_rule_forward if forward_mode else _label_rule
         loss, log_normalizer = rule(view.rows, index, options.counts)
@@ -405,8 +397,7 @@ def label_losses(view: _View, index: Array, options: Options, forward_mode: bool
             view.rows, _targets(view, index, None, options), options.counts
         )
         class_weight = None  # the targets carry it
-    weight = label_weights(index, options, loss.dtype)
-    return _finish(options, loss, log_normalizer, weight, class_weight)
+    return _finish(options, loss, log_normalizer, class_weight)
 
 
 def target_losses(
@@ -416,13 +407,21 @@ def target_losses(
     loss, log_normalizer = _target_rule_of(forward_mode)(
         view.rows, _targets(view, labels, axes, options), options.counts
     )
-    return _finish(
-        options, loss, log_normalizer, example_weights(options, loss.shape, loss.dtype), None
-    )
+    return _finish(options, loss, log_normalizer, None)
+
+
+def _excused(index: Array, options: Options) -> tuple[Array, Options]:
+    """A bad class id is none where its example does not count."""
+    if options.weights is not None:
+        options = options.keeping(~((index < 0) & (options.weights == 0)))
+    if options.kept is not None:
+        index = jnp.where(options.kept, index, 0)
+    return index, options
 
 
 def label_weights(index: Array, options: Options, dtype: jnp.dtype) -> Array:
     """[N...], `weights * class_weights[label]` of the examples that are kept."""
+    index, options = _excused(index, options)
     weight = example_weights(options, index.shape, dtype)
     class_weight = _class_weight(index, options)
     return weight if class_weight is None else weight * class_weight
@@ -454,11 +453,7 @@ def _targets(view: _View, labels: Array, axes: tuple[int, ...] | None, options: 
 
 
 def _finish(
-    options: Options,
-    loss: Array,
-    log_normalizer: Array,
-    weight: Array,
-    class_weight: Array | None,
+    options: Options, loss: Array, log_normalizer: Array, class_weight: Array | None
 ) -> Losses:
     """Apply what comes after the rule: the class weight, the z-loss, the weights of the examples.
 
@@ -468,7 +463,7 @@ def _finish(
     live = options.kept
     if options.weights is not None:
         harmless = (options.weights != 0) | (jnp.isfinite(loss) & jnp.isfinite(log_normalizer))
-        live = harmless if live is None else live & harmless
+        live = both(live, harmless)
     if live is not None:
         loss, log_normalizer = jnp.where(live, loss, 0), jnp.where(live, log_normalizer, 0)
 
@@ -480,7 +475,7 @@ def _finish(
         loss = example_weights(options, loss.shape, loss.dtype) * loss
     if options.counts is not None:
         log_normalizer = jnp.where(options.counts, log_normalizer, 0)
-    return Losses(loss, weight, log_normalizer)
+    return Losses(loss, log_normalizer)
 
 
 # -- rules --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from . import _checks, _chunks, _cross_entropy, _rows
 from ._chunks import Plan, Plans
 from ._cross_entropy import Losses, Options
-from ._reduction import REDUCTIONS, reduce_losses
+from ._reduction import REDUCTIONS, both, reduce_losses
 
 # On CPU, the kernel's gradient is made in so many tiles of classes, if there are as many classes.
 _TILES = 8
@@ -307,16 +307,6 @@ def _full(shape: tuple[int, ...], value: float, dtype: jnp.dtype, head: _Head) -
     return _vary(jnp.full(shape, value, dtype), _varying(head.kernel))
 
 
-def _live(examples: _Examples, *, by_weight: bool) -> Array | None:
-    """Bools, the examples that there is work for; None for all of them. A weight of 0 leaves out the
-    work only if nobody asks for the derivative by that weight."""
-    live = examples.kept
-    if by_weight and examples.weights is not None:
-        heavy = examples.weights != 0
-        live = heavy if live is None else live & heavy
-    return live
-
-
 def _chunk(plan: Plan, examples: _Examples, ids: Array) -> _Examples:
     """Those examples; n, which is none, is not kept. The hidden state of one that does not count is made
     0 before an infinity or NaN in it reaches the kernel's gradient."""
@@ -324,11 +314,11 @@ def _chunk(plan: Plan, examples: _Examples, ids: Array) -> _Examples:
     has_all = chunk.kept is None and chunk.weights is None and plan.per_lane % plan.chunk == 0
     if not has_all:
         exists = (ids < plan.per_lane).reshape(-1)
-        chunk = chunk._replace(kept=exists if chunk.kept is None else chunk.kept & exists)
+        chunk = chunk._replace(kept=both(chunk.kept, exists))
     clean = chunk.kept
     if chunk.weights is not None:
         harmless = (chunk.weights != 0) | jnp.all(jnp.isfinite(chunk.hidden), axis=-1)
-        clean = harmless if clean is None else clean & harmless
+        clean = both(clean, harmless)
     if clean is None:
         return chunk
     return chunk._replace(hidden=jnp.where(clean[:, None], chunk.hidden, 0))
@@ -355,8 +345,10 @@ def _values_forward(plan: Plan, head: _Head, examples: _Examples) -> _Values:
 def _scan(plan: Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -> _Values:
     if plan.chunks == 0:
         return _nothing(head, plan.shape)
-    # In forward mode nobody tells what is differentiated, and the weights may be.
-    live = _live(examples, by_weight=not forward_mode)
+    # The work for a weight of 0 can be left out if nobody asks for the derivative by that weight. In
+    # forward mode nobody tells what is differentiated.
+    options = _options(head, examples)
+    live = options.kept if forward_mode else options.counts
     order, most = _chunks.order(plan, live)
     ids = order[:, : plan.chunks * plan.chunk]
     starts = jnp.arange(plan.chunks, dtype=jnp.int32) * plan.chunk
@@ -414,7 +406,7 @@ def _options(head: _Head, examples: _Examples) -> Options:
 
 def _losses(head: _Head, chunk: _Examples, logits: Array, forward_mode: bool) -> Losses:
     options = _options(head, chunk)
-    view = _cross_entropy.logits_view(logits, options)
+    view = _cross_entropy.logits_view(logits, (1,), options)
     if chunk.has_ids:
         return _cross_entropy.label_losses(view, chunk.labels, options, forward_mode)
     return _cross_entropy.target_losses(view, chunk.labels, (1,), options, forward_mode)
@@ -434,7 +426,7 @@ def _aux(
     if not plan.with_prediction:
         return CrossEntropyAux(log_normalizer, _nothing(head, log_normalizer.shape).aux.prediction)
     prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    counts = _live(chunk, by_weight=True)
+    counts = _options(head, chunk).counts
     prediction = prediction if counts is None else jnp.where(counts, prediction, -1)
     return CrossEntropyAux(log_normalizer, prediction)
 
@@ -453,7 +445,8 @@ def _gradients(
 ) -> tuple[_Values, dict[str, Array]]:
     """The values, and the cotangents of those fields of `head` and `examples` that are wanted: in the
     compute dtype for the head, which sums them up, and in their own for the examples."""
-    live = _live(examples, by_weight="weights" not in wanted)
+    options = _options(head, examples)
+    live = options.kept if "weights" in wanted else options.counts
     order, most = _chunks.order(plan, live)
     of_head = {
         k: _full(x.shape, 0, _rows.compute_dtype(head.kernel.dtype), head)
@@ -504,13 +497,19 @@ def _gradients_jvp(plan, wanted, primals, tangents):
             values = _values_forward(plan, *_replace(head, examples, moving))
             return (values.loss, values.aux.log_normalizer), values
 
-        fields = head._asdict() | examples._asdict()
-        _, pull, out = jax.vjp(values, {k: fields[k] for k in wanted}, has_aux=True)
+        moving = {k: x for k, x in _fields(head, examples).items() if k in wanted}
+        _, pull, out = jax.vjp(values, moving, has_aux=True)
         gradients = pull((g_loss, g_log_normalizer))[0]
         wide = _rows.compute_dtype(head.kernel.dtype)
         return out, {k: g.astype(wide) if k in head._fields else g for k, g in gradients.items()}
 
     return jax.jvp(gradients, primals, tangents)
+
+
+def _fields(head: _Head, examples: _Examples) -> dict[str, Any]:
+    """All that there are, by name."""
+    fields = head._asdict() | examples._asdict()
+    return {k: x for k, x in fields.items() if x is not None}
 
 
 def _replace(head: _Head, examples: _Examples, fields: dict[str, Array]) -> tuple[_Head, _Examples]:
@@ -532,21 +531,21 @@ def _add_chunk(
     """The values of a chunk, `of_head` with its part added, and the cotangents of its examples. Storey 2
     gives that of the logits, and matrix products carry it on."""
     logits = _logits(head, chunk.hidden)
-    fields = head._asdict() | chunk._asdict()
-    inner = {k: fields[k] for k in wanted - {"hidden", "kernel", "bias"}}
+    inner_names = wanted - {"hidden", "kernel", "bias"}
+    inner = {k: x for k, x in _fields(head, chunk).items() if k in inner_names}
 
     def losses(logits, inner):
         return _losses(*_replace(head, chunk, inner), logits, False)
 
     out, pull = jax.vjp(losses, logits, inner)
-    g, gradients = pull(Losses(g_loss, jnp.zeros_like(g_loss), g_log_normalizer))
+    g, gradients = pull(Losses(g_loss, g_log_normalizer))
     if "bias" in wanted:
         gradients["bias"] = jnp.sum(g, axis=0)
     of_hidden, of_kernel = _back(
         chunk.hidden, head.kernel, g, of_head.get("kernel"), "hidden" in wanted
     )
     if of_hidden is not None:
-        counts = _live(chunk, by_weight=True)
+        counts = _options(head, chunk).counts
         gradients["hidden"] = (
             of_hidden if counts is None else jnp.where(counts[:, None], of_hidden, 0)
         )
@@ -610,8 +609,7 @@ def _back(
 
 def _wanted(head: _Head, examples: _Examples) -> tuple[frozenset[str], _Head, _Examples]:
     """The fields that are differentiated, and what `symbolic_zeros` wraps."""
-    fields = head._asdict() | examples._asdict()
-    wanted = frozenset(k for k, x in fields.items() if x is not None and x.perturbed)
+    wanted = frozenset(k for k, x in _fields(head, examples).items() if x.perturbed)
     return (wanted, *jax.tree.map(lambda x: x.value, (head, examples), is_leaf=_is_wrapped))
 
 
@@ -645,8 +643,8 @@ def _run_gradients(
     return plans.run(gradients, head, examples, g_loss, g_log_normalizer)
 
 
-def _dense(g: Array | SymbolicZero, like: Array) -> Array:
-    return jnp.zeros_like(like) if isinstance(g, SymbolicZero) else g
+def _dense(g: Array | SymbolicZero, zeros: Array) -> Array:
+    return zeros if isinstance(g, SymbolicZero) else g
 
 
 # What is differentiated is known when a rule is traced, and the backward rule needs to know it. But the
@@ -656,8 +654,7 @@ def _dense(g: Array | SymbolicZero, like: Array) -> Array:
 
 
 def _padded(head: _Head, examples: _Examples, of_wanted: dict[str, Array]) -> dict[str, Array]:
-    fields = head._asdict() | examples._asdict()
-    return {k: of_wanted.get(k, jnp.zeros(0)) for k, x in fields.items() if x is not None}
+    return {k: of_wanted.get(k, jnp.zeros(0)) for k in _fields(head, examples)}
 
 
 def _unpadded(padded: dict[str, Array]) -> dict[str, Array]:

@@ -6,6 +6,13 @@ from jax import Array
 REDUCTIONS = ("none", "sum", "mean")
 
 
+def both(a: Array | None, b: Array | None) -> Array | None:
+    """The examples that two masks keep; None keeps all."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
 def times(weight: Array, loss: Array) -> Array:
     """`weight * loss`, where a weight of 0 leaves out even a loss of +inf. NaN stays NaN.
 

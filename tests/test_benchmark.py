@@ -16,7 +16,7 @@ from support import exact_gradient, exact_loss, wide
 
 from jax_sce.benchmark import Quartiles, Row, compare
 from jax_sce.benchmark.__main__ import parse
-from jax_sce.benchmark._cases import DTYPES, PASSES, Case
+from jax_sce.benchmark._cases import DTYPES, PASSES, Case, shape_text
 from jax_sce.benchmark._measure import round_robin
 from jax_sce.benchmark._peak import peak_bytes
 from jax_sce.benchmark._report import SCHEMA, geometric_means, is_right
@@ -204,9 +204,9 @@ def test_what_needs_more_memory_than_there_is_does_not_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"subject": "logit"}, "subject must be one of logits, linear, got 'logit'"),
+        ({"subject": "logit"}, "subject must be among logits, linear, got 'logit'"),
         ({"shapes": [(8, 4, 10)]}, "a shape of logits must be NxV"),
-        ({"dtypes": ["float64"]}, "dtype must be one of float32, bfloat16, got 'float64'"),
+        ({"dtypes": ["float64"]}, "dtype must be among float32, bfloat16, got 'float64'"),
         ({"passes": ["backward"]}, "passes of logits must be among .*, got 'backward'"),
         ({"peers": ["numpy"]}, "peers of logits must be among .*, got 'numpy'"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
@@ -330,7 +330,7 @@ def test_the_peak_counts_the_results():
 
 
 def test_the_command(tmp_path):
-    shapes = ",".join("x".join(map(str, shape)) for shape in SHAPES.values())
+    shapes = ",".join(shape_text(shape) for shape in SHAPES.values())
     command = [sys.executable, "-m", "jax_sce.benchmark", "logits", "linear", "small", "--quick",
                "--shapes", shapes, "--passes", "value_and_grad", "--rounds", "1",
                "--json", tmp_path / "report.json", "--plot", tmp_path / "pictures"]  # fmt: skip

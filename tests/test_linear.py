@@ -133,13 +133,8 @@ def test_float32_is_as_exact_as_float32(v, reduction):
     arguments = arrays(n, 33, v, np.float32)
     g = cotangent_for(reduction, n)
 
-    @quick
-    def run(arguments):
-        return derivatives(
-            functools.partial(head, reduction=reduction, chunk_size=48), arguments, g
-        )
-
-    got = run(arguments)
+    ours = functools.partial(head, reduction=reduction, chunk_size=48)
+    got = quick(functools.partial(derivatives, ours))(arguments, g)
     want = in_float64(arguments, g, reduction)
     assert_close(got, want, rtol=2e-5)
     np.testing.assert_allclose(got[0], want[0], rtol=2e-6)  # a loss does not cancel
@@ -152,15 +147,7 @@ def test_bfloat16_is_no_worse_than_whole_logits_in_float32(v, reduction):
     arguments = arrays(n, 33, v, jnp.bfloat16)
     g = cotangent_for(reduction, n)
 
-    @quick
-    def run(arguments):
-        ours = functools.partial(head, reduction=reduction, chunk_size=48)
-        return (
-            derivatives(ours, arguments, g),
-            derivatives(functools.partial(naive, reduction=reduction), arguments, g),
-        )
-
-    got, whole = run(arguments)
+    got, whole = both(arguments, g, reduction, chunk_size=48)
     assert got[0].dtype == jnp.float32
     assert {x.dtype for x in got[1].values()} == {jnp.dtype(jnp.bfloat16)}
     value, gradients = in_float64(arguments, g, reduction)

@@ -7,12 +7,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from . import __doc__ as METHOD
-from ._cases import DTYPES, PASSES
+from ._cases import DTYPES, PASSES, check_known
 from ._compare import Row, compare
 from ._peers import all_peers, missing
 from ._plot import draw
@@ -130,17 +129,20 @@ def interpret(args: argparse.Namespace) -> None:
       ValueError: One of them means nothing; the message says which.
     """
     args.shapes = [parse_shape(text) for text in words(args.shapes)]
-    args.dtypes = known("dtypes", words(args.dtypes), DTYPES)
-    args.passes = known("passes", words(args.passes), PASSES["logits"])
+    args.dtypes = words(args.dtypes)
+    check_known("dtypes", args.dtypes, DTYPES)
+    args.passes = words(args.passes)
+    check_known("passes", args.passes, PASSES["logits"])
     names = dict.fromkeys(peer.name for subject in COMPARED for peer in all_peers(subject))
-    args.peers = known("peers", words(args.peers), names)
+    args.peers = words(args.peers)
+    check_known("peers", args.peers, names)
     if args.rounds is None:
         args.rounds = QUICK_ROUNDS if args.quick else ROUNDS
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     if not args.subjects:
         args.subjects = [s for s in COMPARED if not args.shapes or shapes_of(s, args.shapes)]
-    known("subjects", args.subjects, SUBJECTS)
+    check_known("subjects", args.subjects, SUBJECTS)
     args.options = {s: compare_options(args, s) for s in COMPARED if s in args.subjects}
     if not args.options and (args.shapes or args.dtypes or args.passes or args.peers):
         raise ValueError("--shapes, --dtypes, --passes and --peers are for logits and linear")
@@ -173,13 +175,6 @@ def shapes_of(subject: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, ..
 
 def words(text: str | None) -> list[str]:
     return text.split(",") if text else []
-
-
-def known(option: str, given: list[str], names: Collection[str]) -> list[str]:
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{option} must be among {', '.join(names)}, got {name!r}")
-    return given
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ element would see little but the labels' elements, and not that the softmax's pa
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,16 @@ _SAMPLE = 64  # rows, and columns
 _BLOCK = 2**25  # float64 logits at a time
 
 
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{what} must be among {', '.join(known)}, got {name!r}")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
 def default_shapes(subject: str) -> list[tuple[int, ...]]:
     return _SHAPES["cpu" if jax.default_backend() == "cpu" else "default"][subject]
 
@@ -72,14 +82,12 @@ class Case:
     dtype: str  # "float32" or "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.subject not in PASSES:
-            raise ValueError(f"subject must be one of {', '.join(PASSES)}, got {self.subject!r}")
+        check_known("subject", [self.subject], PASSES)
         rank = 2 if self.subject == "logits" else 3
         if len(self.shape) != rank or min(self.shape) < 1:
             sizes = "NxV" if rank == 2 else "NxDxV"
             raise ValueError(f"a shape of {self.subject} must be {sizes}, got {self.shape}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_known("dtype", [self.dtype], DTYPES)
 
     def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What a loss takes: logits [N, V], or hidden [N, D] and kernel [D, V]; and labels [N]."""

@@ -14,9 +14,11 @@ from ._cases import (
     PASSES,
     Case,
     Errors,
+    check_known,
     default_dtypes,
     default_passes,
     default_shapes,
+    shape_text,
 )
 from ._machine import available_bytes
 from ._measure import Quartiles, round_robin
@@ -100,17 +102,13 @@ def compare(
       jax_sce: ok
       mine: wrong, the value is off by 0.1 of its size
     """
-    if subject not in PASSES:
-        raise ValueError(f"subject must be one of {', '.join(PASSES)}, got {subject!r}")
+    check_known("subject", [subject], PASSES)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     shapes = default_shapes(subject) if shapes is None else shapes
     dtypes = default_dtypes(subject) if dtypes is None else dtypes
     passes = default_passes(subject) if passes is None else passes
-    for pass_name in passes:
-        if pass_name not in PASSES[subject]:
-            known = ", ".join(PASSES[subject])
-            raise ValueError(f"passes of {subject} must be among {known}, got {pass_name!r}")
+    check_known(f"passes of {subject}", passes, PASSES[subject])
     cases = [Case(subject, tuple(shape), dtype) for shape in shapes for dtype in dtypes]
     contenders = [Peer(FLOOR, floor_program), *choose(subject, peers, losses or {})]
     groups = {p: [peer for peer in contenders if p in peer.passes] for p in passes}
@@ -150,7 +148,7 @@ def _measure(
     step: _Steps,
 ) -> list[Row]:
     """A row for each peer. Only those whose answer is right are timed."""
-    text = f"{case.subject} {'x'.join(map(str, case.shape))} {case.dtype}, {pass_name}"
+    text = f"{case.subject} {shape_text(case.shape)} {case.dtype}, {pass_name}"
     limit = available_bytes() if memory_limit is None else memory_limit
     arrays = case.arrays()
     entries = []

@@ -24,7 +24,7 @@ from jax import Array
 
 import jax_sce
 
-from ._cases import PASSES, Case
+from ._cases import PASSES, Case, check_known
 from ._programs import Loss, Program, jax_program
 from ._torch import PASSES as TORCH_PASSES, torch_program
 
@@ -83,10 +83,7 @@ def missing(subject: str) -> list[str]:
 def choose(subject: str, names: Sequence[str] | None, losses: Mapping[str, Loss]) -> list[Peer]:
     """The installed peers of those names, all for None, and the losses that the caller brings."""
     known = all_peers(subject)
-    for name in names or ():
-        if name not in {peer.name for peer in known}:
-            listed = ", ".join(peer.name for peer in known)
-            raise ValueError(f"peers of {subject} must be among {listed}, got {name!r}")
+    check_known(f"peers of {subject}", names or (), [peer.name for peer in known])
     if taken := {peer.name for peer in known} & set(losses):
         raise ValueError(f"losses must have names that no peer has, got {', '.join(taken)}")
     chosen = [p for p in known if p.installed and (names is None or p.name in names)]

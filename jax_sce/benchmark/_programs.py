@@ -17,7 +17,6 @@ Floors, with the same passes:
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,7 +51,7 @@ def jax_program(loss: Loss, case: Case, pass_name: str) -> Program:
         return jnp.mean(loss(*arguments))
 
     if pass_name == "eager_forward":
-        return Program(lambda arrays: lambda: _done((mean(*arrays), ())), _bytes(arguments))
+        return Program(lambda arrays: lambda: _done((mean(*arrays), ())), total_bytes(arguments))
     argnums = tuple(range(len(arguments) - 1))
     function: Callable[..., Any] = {
         "forward": lambda *args: (mean(*args), ()),
@@ -100,9 +99,9 @@ def _compiled(
     seconds = time.perf_counter() - begin
     start = functools.partial(_start_donated if donates else _start, jitted)
     if memory is None:  # some platforms do not tell
-        return Program(start, _bytes(arguments), compile_seconds=seconds)
+        return Program(start, total_bytes(arguments), compile_seconds=seconds)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = _bytes(arguments) + results + memory.temp_size_in_bytes
+    needed = total_bytes(arguments) + results + memory.temp_size_in_bytes
     return Program(start, needed, memory.temp_size_in_bytes, seconds)
 
 
@@ -125,5 +124,5 @@ def _done(output: Output) -> Output:
     return jax.block_until_ready(output)
 
 
-def _bytes(arguments: Sequence[jax.ShapeDtypeStruct]) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments)
+def total_bytes(arguments: Sequence[jax.ShapeDtypeStruct]) -> int:
+    return sum(x.size * x.dtype.itemsize for x in arguments)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ._cases import shape_text
 from ._compare import Row
 from ._machine import hardware
 from ._peers import BASELINE
@@ -37,7 +38,7 @@ def print_report(console: "Console", report: Report) -> None:
         console.print(_table(rows))
         for row in rows:
             if row.detail:
-                text = f"{_shape(row)}, {row.peer}: {row.status}, {row.detail}"
+                text = f"{shape_text(row.shape)}, {row.peer}: {row.status}, {row.detail}"
                 console.print(escape(text), style=_STYLES[row.status])
     console.print()
     for line in _closing_lines(report):
@@ -75,12 +76,8 @@ def _table(rows: Sequence[Row]) -> "Table":
             table.add_section()
         style = "bold" if row.peer == "jax_sce" else _STYLES.get(row.status)
         cells = [cell(row) for cell in columns.values()]
-        table.add_row(_shape(row) if is_new else "", row.peer, *cells, style=style)
+        table.add_row(shape_text(row.shape) if is_new else "", row.peer, *cells, style=style)
     return table
-
-
-def _shape(row: Row) -> str:
-    return "x".join(map(str, row.shape))
 
 
 def _closing_lines(report: Report) -> list[str]:

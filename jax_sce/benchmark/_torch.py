@@ -7,7 +7,7 @@ from jax import Array
 
 from ._cases import Case
 from ._machine import cores
-from ._programs import Output, Program, Run
+from ._programs import Output, Program, Run, total_bytes
 
 PASSES = ("forward", "value_and_grad")
 
@@ -52,6 +52,5 @@ def torch_program(case: Case, pass_name: str, *, compiled: bool = False) -> Prog
     # PyTorch does not say what it will need: at most the logits, what it keeps of them, and the
     # gradient and its cotangent, besides the arguments and as many bytes of gradients.
     *floats, _ = case.arguments()
-    argument_bytes = sum(x.size * x.dtype.itemsize for x in floats)
     logits_bytes = case.shape[0] * case.shape[-1] * floats[0].dtype.itemsize
-    return Program(start, 2 * argument_bytes + 4 * logits_bytes)
+    return Program(start, 2 * total_bytes(floats) + 4 * logits_bytes)
