@@ -53,5 +53,5 @@ def hardware() -> dict[str, Any]:
         "processor": proc_field("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": cores(),
         "memory_bytes": total_bytes(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
     }

@@ -1,0 +1,82 @@
+"""README.md's figures are those that `python -m jax_sce.benchmark` left in examples/benchmark/."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from jax_sce.benchmark._report import SCHEMA
+
+ROOT = Path(__file__).parents[1]
+REPORTS = sorted((ROOT / "examples" / "benchmark").glob("*.json"))
+README = (ROOT / "README.md").read_text()
+
+
+def rows_of(name):
+    return json.loads((ROOT / "examples" / "benchmark" / name).read_text())["rows"]
+
+
+def find(rows, **wanted):
+    (row,) = [row for row in rows if all(row[k] == x for k, x in wanted.items())]
+    return row
+
+
+def logits_lines(rows):
+    """Ours, as a ratio to optax's time."""
+    for dtype in ("float32", "bfloat16"):
+        for shape in ([65536, 10], [4096, 1000], [512, 32000], [128, 128256]):
+            ratios = (
+                find(rows, subject="logits", dtype=dtype, shape=shape, pass_name=p, peer="jax_sce")[
+                    "ratio"
+                ]
+                for p in ("forward", "value_and_grad", "donated_gradient")
+            )
+            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            yield f"| {shape[0]} x {shape[1]} | {dtype} | {cells} |"
+
+
+def head_lines(rows):
+    """Each peer, as a ratio to the time of whole logits with optax's loss, and its memory."""
+    own = [
+        row
+        for row in rows
+        if row["shape"] == [1024, 64, 32000]
+        and row["pass_name"] == "value_and_grad"
+        and row["peer"] != "floor"
+    ]
+    for peer in dict.fromkeys(row["peer"] for row in own):
+        cells = []
+        for dtype in ("float32", "bfloat16"):
+            row = find(own, dtype=dtype, peer=peer)
+            ratio = {"ok": lambda r=row: f"{r['ratio']:.2f}", "wrong": lambda: "wrong"}
+            cells.append(ratio.get(row["status"], lambda: "not run")())
+            memory = row["temporary_bytes"]
+            cells.append("" if memory is None else f"{memory / 2**20:.0f}")
+        yield f"| {peer} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("lines", [logits_lines, head_lines])
+def test_the_tables(lines):
+    for line in lines(rows_of("cpu.json")):
+        assert line in README
+
+
+def test_what_whole_logits_cannot_hold():
+    rows = [row for row in rows_of("scaling.json") if row["subject"] == "scaling"]
+    naive = find(rows, peer="naive", status="failed")
+    ours = find(rows, peer="jax_sce", shape=naive["shape"])
+    size = " x ".join(map(str, naive["shape"]))
+    assert size in README
+    assert f"{naive['temporary_bytes'] / 2**30:.0f} GiB" in README
+    assert f"{ours['peak_bytes'] / 2**20:.0f} MiB" in README
+
+
+def test_the_time_of_importing():
+    report = json.loads((ROOT / "examples" / "benchmark" / "scaling.json").read_text())
+    assert f"{1e3 * report['import_seconds']['median']:.0f} ms" in README
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)
+def test_the_reports_are_as_described(path):
+    jsonschema.validate(json.loads(path.read_text()), json.loads(SCHEMA.read_text()))
