@@ -31,7 +31,7 @@ def integers(name: str, x: ArrayLike) -> Array:
 def real(name: str, x: ArrayLike) -> Array:
     """`x` as an array of floats, integers or bools."""
     array = _array(name, x)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+    if not any(jnp.issubdtype(array.dtype, d) for d in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"{name} must be real, got dtype {array.dtype}")
     return array
 
@@ -113,8 +113,14 @@ def head(hidden: Array, kernel: Array) -> tuple[int, ...]:
 
 
 def one_of(name: str, x: Any, options: tuple[str, ...]) -> None:
-    if x not in options:
+    if not isinstance(x, str) or x not in options:
         raise ValueError(f"{name} must be one of {options}, got {x!r}")
+
+
+def flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
+    return bool(x)
 
 
 def integer_or_none(name: str, x: Any) -> int | None:
@@ -138,5 +144,5 @@ def _array(name: str, x: ArrayLike) -> Array:
         raise TypeError(f"{name} must be an array, got {x!r}")
     try:
         return jnp.asarray(x)
-    except TypeError as error:
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from error

@@ -94,6 +94,7 @@ def softmax_cross_entropy(
     labels = _checks.real("labels", labels)
     _checks.shape("labels", labels, logits.shape)
     _checks.one_of("reduction", reduction, REDUCTIONS)
+    forward_mode = _checks.flag("forward_mode", forward_mode)
     options = check_options(
         logits.dtype,
         _rows_shape(logits, axes),
@@ -187,6 +188,7 @@ def softmax_cross_entropy_with_integer_labels(
     _checks.shape("labels", labels, _rows_shape(logits, axes))
     ignored = _checks.integer_or_none("ignore_index", ignore_index)
     _checks.one_of("reduction", reduction, REDUCTIONS)
+    forward_mode = _checks.flag("forward_mode", forward_mode)
     options = check_options(
         logits.dtype,
         labels.shape,

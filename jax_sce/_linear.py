@@ -186,6 +186,8 @@ def linear_softmax_cross_entropy(
     if ignored is not None and not has_ids:
         raise ValueError("ignore_index must be None for labels that are distributions")
     _checks.one_of("reduction", reduction, REDUCTIONS)
+    return_aux = _checks.flag("return_aux", return_aux)
+    forward_mode = _checks.flag("forward_mode", forward_mode)
     chunk_size = _checks.positive_or_none("chunk_size", chunk_size)
     options = _cross_entropy.check_options(
         dtype,
