@@ -10,8 +10,14 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import hypothesis
 import jax
 import pytest
+
+# The same draws every time, lest a run fail for what another found. `--hypothesis-profile=thorough`.
+hypothesis.settings.register_profile("usual", max_examples=60, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=3000, deadline=None)
+hypothesis.settings.load_profile("usual")
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,8 @@ def where_combined(*lists):
 
 KINDS_OPTIONS_MODES = where_combined(
     *[(kind, options, "jit") for kind in BOTH for options in OPTIONS],
-    *[(kind, "options", mode) for kind in BOTH for mode in MODES if mode != "jit"],
+    *[(kind, "options", mode) for kind in BOTH for mode in ("vmap", "forward_mode")],
+    ("integer", "plain", "eager"),
     ("integer", "smoothing", "vmap"),
     ("integer", "smoothing", "forward_mode"),
     ("dense", "plain", "forward_mode"),

@@ -714,9 +714,9 @@ def test_one_trace_is_differentiated_by_one_argument_and_by_another(reduction, x
             return jax.lax.scan(step, jnp.zeros(()), jnp.arange(2))[0]
 
         return [
-            jax.grad(fn, argnums)(*at)
+            quick(jax.grad(fn, argnums))(*at)
             for fn in (total, in_scan)
-            for argnums in ((0,), (0, 1), (1,), (0, 1))
+            for argnums in ((0,), (0, 1), (1,))
         ]
 
     ours = functools.partial(head, chunk_size=3)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from . import reference
+from .. import reference
 
 
 def assert_matches_reference(

@@ -1,0 +1,724 @@
+"""What a softmax cross-entropy promises, one by one, and how each promise is put to the test.
+
+The inputs are those that would have caught what went wrong in published losses: small logits, of which
+every class counts; odd sizes; cotangents and targets that are not uniform; rows that hold rubbish.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from ._oracle import one_hot, wide
+from ._trial import (
+    KINDS,
+    ORDINARY,
+    Case,
+    Loss,
+    Measure,
+    NotApplicable,
+    answers,
+    derivative,
+    distributions,
+    flag,
+    gradient_call,
+    largest_in_row,
+    literal,
+    measure,
+    normal,
+    rows,
+)
+
+Check = Callable[[Loss], Iterator[Measure]]
+
+# What is allowed beside ORDINARY, and why.
+EXACT = 1e-6  # of the loss itself: some sixteen roundings of 2^-24 where nothing cancels
+GRADIENT = 2.0**-22  # (6 + the distance to the largest logit) times this, of the element itself
+HALF = {
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-10,
+}  # a rounding to 16 bits, of a row's largest element
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    name: str
+    says: str
+    broken: str  # what it means for training if it is
+    check: Check
+    kinds: Sequence[str] = KINDS
+    needs: Sequence[str] = ()  # keywords that the loss must take
+
+
+# -- values and gradients ------------------------------------------------------------------------------
+
+
+def _values(loss: Loss) -> Iterator[Measure]:
+    for case in (normal(7, 37), normal(2, 1000, seed=1)):
+        losses = loss.each(*loss.arrays(case))
+        want = case.exact().loss
+        yield measure(loss, case, loss.call(), losses, want, ORDINARY, np.maximum(1, want))
+
+
+def _gradients(loss: Loss) -> Iterator[Measure]:
+    for case in (normal(7, 37), normal(2, 1000, seed=1)):
+        _, by_logits = answers(loss, case)
+        yield by_logits
+
+
+def _cotangents(loss: Loss) -> Iterator[Measure]:
+    g = np.resize([1.0, -0.5, 0.25, 2.0, -1.5, 0.0], 9)
+    _, by_logits = answers(loss, normal(9, 37), g=g)
+    yield by_logits
+
+
+def _targets(loss: Loss) -> Iterator[Measure]:
+    case = distributions(7, 37)
+    scale = (np.abs(case.targets) * case.exact().by_targets).sum(-1)
+    yield from answers(loss, case, scale=scale)
+
+
+def _target_gradients(loss: Loss) -> Iterator[Measure]:
+    case = distributions(7, 37)
+    g = np.resize([1.0, -0.5, 0.25], 7)
+    _, got = derivative(loss, case, g, position=1)
+    call = gradient_call(loss, case, g, by="labels")
+    yield measure(loss, case, call, got, g[:, None] * case.exact().by_targets, ORDINARY)
+
+
+def _head_gradients(loss: Loss) -> Iterator[Measure]:
+    """Of real hidden states and a real kernel, unlike the others, whose kernel is the logits."""
+    draw = np.random.default_rng(0)
+    n, d, v = 131, 17, 2049
+    hidden = draw.standard_normal((n, d)).astype(np.float32)
+    kernel = draw.standard_normal((d, v)).astype(np.float32)
+    labels = draw.integers(v, size=n, dtype=np.int32)
+    exact = Case(wide(hidden) @ wide(kernel), labels).exact()
+    by_logits = exact.by_logits if loss.reduces != "mean" else exact.by_logits / n
+    case = Case(
+        hidden,
+        labels,
+        recipe=(
+            "draw = np.random.default_rng(0)\n"
+            f"hidden = draw.standard_normal(({n}, {d})).astype(np.float32)\n"
+            f"kernel = draw.standard_normal(({d}, {v})).astype(np.float32)\n"
+            f"labels = draw.integers({v}, size={n}, dtype=np.int32)"
+        ),
+    )
+
+    def total(hidden: Array, kernel: Array) -> Array:
+        return jnp.sum(loss.raw(hidden, kernel, jnp.asarray(labels)))
+
+    got, (by_hidden, by_kernel) = jax.value_and_grad(total, (0, 1))(hidden, kernel)
+    want = exact.loss.mean() if loss.reduces == "mean" else exact.loss.sum()
+    yield measure(loss, case, "jnp.sum(loss(hidden, kernel, labels))", got, want, ORDINARY)
+    for name, gradient_, want in (
+        ("hidden", by_hidden, by_logits @ wide(kernel).T),
+        ("kernel", by_kernel, wide(hidden).T @ by_logits),
+    ):
+        call = f"jax.grad(lambda {name}: jnp.sum(loss(hidden, kernel, labels)))({name})"
+        yield measure(loss, case, call, gradient_, want, ORDINARY, np.abs(want).max())
+
+
+def _confident(loss: Loss) -> Iterator[Measure]:
+    case = rows(*([gap, 0.0, -1.0] for gap in (5.0, 10.0, 17.0, 30.0, 80.0)))
+    distance = case.logits.max(-1, keepdims=True) - case.logits
+    yield from answers(loss, case, EXACT, gradient_bound=GRADIENT * (6 + distance),
+                       gradient_scale=np.abs(case.exact().by_logits))  # fmt: skip
+
+
+def _offsets(loss: Loss) -> Iterator[Measure]:
+    drifts = ((1e3, 1.0), (1e6, 2.0), (1e8, 0.0), (-1e6, 2.0))
+    case = rows(
+        *([to + by, to - by] for to, by in drifts), *([to, to - 3 * by] for to, by in drifts)
+    )
+    yield from answers(loss, case, EXACT, gradient_bound=12 * GRADIENT,
+                       gradient_scale=np.abs(case.exact().by_logits))  # fmt: skip
+
+
+def _ties(loss: Loss) -> Iterator[Measure]:
+    case = rows([3.0, 3.0, 3.0, -40.0], [1.0, -2.0, 1.0, 1.0], [0.0] * 4, labels=[1, 1, 3])
+    yield from answers(loss, case, EXACT, gradient_bound=50 * GRADIENT,
+                       gradient_scale=np.abs(case.exact().by_logits))  # fmt: skip
+
+
+def _many_classes(loss: Loss) -> Iterator[Measure]:
+    for v in (2049, 50257):
+        case = normal(2, v)
+        yield from answers(loss, case, gradient_scale=np.abs(case.exact().by_logits))
+
+
+def _uneven(loss: Loss) -> Iterator[Measure]:
+    """The batch as it is, by one call also where the loss gives but a number."""
+    for n, v in ((1, 2), (131, 37), (5, 257)):
+        case = normal(n, v, seed=v)
+        arrays = loss.arrays(case)
+        position = loss.position
+
+        def total(z: Array, arrays: Any = arrays, position: int = position) -> Array:
+            return jnp.sum(loss.raw(*arrays[:position], z, *arrays[position + 1 :]))
+
+        got, by_logits = jax.value_and_grad(total)(arrays[position])
+        exact = case.exact()
+        count = n if loss.reduces == "mean" else 1
+        call = f"jnp.sum({loss.call()})"
+        yield measure(loss, case, call, got, exact.loss.sum() / count, ORDINARY)
+        want = exact.by_logits / count
+        call = f"jax.grad(lambda logits: {call})(logits)"
+        yield measure(loss, case, call, by_logits, want, ORDINARY, np.abs(want).max())
+
+
+def _one_class(loss: Loss) -> Iterator[Measure]:
+    case = rows([3.0], [-7.0])
+    yield from answers(loss, case, 0.0, 1.0, gradient_bound=0.0)
+
+
+def _no_examples(loss: Loss) -> Iterator[Measure]:
+    case = Case(np.zeros((0, 5), np.float32), np.zeros(0, np.int32), recipe=(
+        "logits = np.zeros((0, 5), np.float32)\nlabels = np.zeros(0, np.int32)"
+    ))  # fmt: skip
+    if loss.reduces:
+        raise NotApplicable("it returns a mean or a sum only")
+    got = loss.raw(*loss.arrays(case))
+    yield flag(loss, case, loss.call(), got.shape == (0,), f"has shape {got.shape}, and it is (0,)")
+
+
+# -- rows that are not ordinary -----------------------------------------------------------------------
+
+
+def _absent(loss: Loss) -> Iterator[Measure]:
+    for logits in ([1.0, -np.inf, 0.5], [-np.inf, 0.25, -np.inf]):
+        case = rows(logits, labels=[int(np.isneginf(logits[0]))])
+        yield from answers(loss, case, scale=1.0)
+
+
+def _absent_label(loss: Loss) -> Iterator[Measure]:
+    case = rows([-np.inf, 1.0, 0.5])
+    yield from answers(loss, case)
+
+
+def _bad_rows(loss: Loss) -> Iterator[Measure]:
+    if loss.kind == "linear":
+        yield from _bad_states(loss)
+        return
+    for bad in ([np.nan, 0.0, 0.0], [np.inf, 0.0, 0.0], [-np.inf] * 3):
+        case = rows([1.0, 0.0, -1.0], bad, [0.5, 2.0, 0.0])
+        losses, by_logits = map(wide, derivative(loss, case))
+        exact = case.exact()
+        yield measure(loss, case, loss.call(), losses, exact.loss, ORDINARY, 1.0)
+        if np.isnan(by_logits[1]).any():  # one of them is loud enough
+            by_logits[1] = np.nan
+        yield measure(
+            loss, case, gradient_call(loss, case), by_logits, exact.by_logits, ORDINARY, 1.0
+        )
+
+
+def _bad_states(loss: Loss) -> Iterator[Measure]:
+    """Of a head, hidden states that hold rubbish. The kernel's gradient is everybody's, and may."""
+    for bad in (np.nan, np.inf, -np.inf):
+        hidden, kernel = np.eye(3, dtype=np.float32), normal(3, 5).logits
+        hidden[1] = bad
+        labels = np.zeros(3, np.int32)
+        with np.errstate(invalid="ignore"):
+            exact = Case(hidden @ kernel, labels).exact()
+        case = _written(normal(3, 5), hidden=hidden, logits=kernel, labels=labels)
+        losses, by_hidden = map(wide, _by_hidden(loss, hidden, kernel, labels))
+        yield measure(loss, case, "loss(hidden, logits, labels)", losses, exact.loss, ORDINARY)
+        call = "jax.grad(lambda hidden: jnp.sum(loss(hidden, logits, labels)))(hidden)"
+        want = exact.by_logits @ wide(kernel).T
+        yield measure(loss, case, call, by_hidden[::2], want[::2], ORDINARY, 1.0)
+
+
+def _by_hidden(loss: Loss, *arrays: np.ndarray) -> tuple[Array, Array]:
+    hidden, kernel, labels = map(jnp.asarray, arrays)
+    losses, pull = jax.vjp(lambda hidden: loss.each(hidden, kernel, labels), hidden)
+    return losses, pull(jnp.ones_like(losses))[0]
+
+
+def _bad_labels(loss: Loss) -> Iterator[Measure]:
+    for label in (-1, 3, -100, 102):
+        case = rows([1.0, 0.0, -1.0], labels=[label])
+        losses, by_logits = map(wide, derivative(loss, case))
+        why = f"nan: there is no class {label}"
+        says = f"gives {losses[0]:.6g}, and it is {why}"
+        yield flag(loss, case, loss.call(), bool(np.isnan(losses).all()), says)
+        says = f"gives {by_logits[0].tolist()}, and it is {why}"
+        yield flag(loss, case, gradient_call(loss, case), bool(np.isnan(by_logits).any()), says)
+
+
+def _label_dtypes(loss: Loss) -> Iterator[Measure]:
+    case = normal(3, 1000)
+    for dtype in (np.uint8, np.int8, np.uint32):
+        few = Case(case.logits, np.array([0, 5, 127]).astype(dtype), recipe=(
+            f"{case.recipe}\nlabels = np.array([0, 5, 127], np.{np.dtype(dtype).name})"
+        ))  # fmt: skip
+        yield from answers(loss, few)
+
+
+def _excused(loss: Loss, options: dict[str, Any], labels: list[int]) -> Iterator[Measure]:
+    """The middle one of three examples counts nowhere, whatever its logits hold."""
+    for rubbish in (4.0, np.nan, np.inf, -np.inf):
+        case = rows([1.0, 0.0, -1.0], [rubbish, 0.0, rubbish], [0.5, 2.0, 0.0], labels=labels)
+        case = case.with_options(**options)
+        if loss.kind == "linear":
+            yield from _excused_state(loss, case, rubbish)
+            continue
+        losses, by_logits = derivative(loss, case)
+        one = rows(*case.logits[::2], labels=case.labels[::2]).exact()
+        want = np.insert(one.loss, 1, 0)
+        yield measure(loss, case, loss.call(**options), losses, want, ORDINARY, 1.0)
+        want = np.insert(one.by_logits, 1, 0, axis=0)
+        bound = np.array([[ORDINARY], [0.0], [ORDINARY]])
+        yield measure(loss, case, gradient_call(loss, case), by_logits, want, bound, 1.0)
+
+
+def _excused_state(loss: Loss, case: Case, rubbish: float) -> Iterator[Measure]:
+    """Of a head it is the hidden state that holds rubbish, and the kernel must not hear of it."""
+    hidden, kernel = np.eye(3, dtype=np.float32), case.logits.copy()
+    hidden[1], kernel[1] = rubbish, 1
+    one = rows(*kernel[::2], labels=case.labels[::2]).exact()
+    case = _written(case, hidden=hidden, logits=kernel, labels=case.labels)
+    labels = jnp.asarray(case.labels)
+
+    def total(hidden: Array, kernel: Array) -> Array:
+        return jnp.sum(loss.each(hidden, kernel, labels, **case.options))
+
+    got = jax.grad(total, (0, 1))(jnp.asarray(hidden), jnp.asarray(kernel))
+    by_hidden = np.insert(one.by_logits @ wide(kernel).T, 1, 0, axis=0)
+    by_kernel = np.insert(one.by_logits, 1, 0, axis=0)
+    for name, gradient, want in zip(("hidden", "logits"), got, (by_hidden, by_kernel), strict=True):
+        call = gradient_call(loss, case, by=name).replace(
+            "jnp.eye(len(labels), dtype=logits.dtype)", "hidden"
+        )
+        yield measure(loss, case, call, gradient, want, ORDINARY, 1.0)
+
+
+def _written(case: Case, **arrays: np.ndarray) -> Case:
+    """With a recipe that makes those arrays."""
+    recipe = "\n".join(f"{name} = {literal(x)}" for name, x in arrays.items())
+    logits, labels = arrays["logits"], arrays["labels"]
+    return dataclasses.replace(case, logits=logits, labels=labels, recipe=recipe)
+
+
+def _ignored(loss: Loss) -> Iterator[Measure]:
+    yield from _excused(loss, {"ignore_index": -100}, [0, -100, 2])
+
+
+def _weightless(loss: Loss) -> Iterator[Measure]:
+    yield from _excused(loss, {"weights": np.array([1, 0, 1], np.float32)}, [0, 1, 2])
+
+
+def _masked_rows(loss: Loss) -> Iterator[Measure]:
+    yield from _excused(loss, {"where": np.array([[True], [False], [True]])}, [0, 1, 2])
+
+
+def _masked_classes(loss: Loss) -> Iterator[Measure]:
+    case = normal(3, 5)
+    logits = case.logits.copy()
+    logits[:, 2] = np.nan
+    where = np.array([[True, True, False, True, True]])
+    case = Case(logits, np.array([0, 1, 4], np.int32), {"where": np.repeat(where, 3, 0)})
+    without = Case(np.delete(logits, 2, 1), np.array([0, 1, 3], np.int32)).exact()
+    losses, by_logits = derivative(loss, case)
+    yield measure(loss, case, loss.call(**case.options), losses, without.loss, ORDINARY)
+    yield measure(loss, case, gradient_call(loss, case), by_logits,
+                  np.insert(without.by_logits, 2, 0, 1), ORDINARY, 1.0)  # fmt: skip
+
+
+# -- options ------------------------------------------------------------------------------------------
+
+WEIGHTS = np.array([0.25, 1.0, 0.0, 2.0, 1.5, 3.0, 0.5], np.float32)
+
+
+def _with(loss: Loss, **options: Any) -> Iterator[Measure]:
+    g = np.array([1.0, -0.5, 2.0])
+    yield from answers(loss, normal(3, 7).with_options(**options), g=g)
+
+
+def _smoothing(loss: Loss) -> Iterator[Measure]:
+    yield from _with(loss, label_smoothing=0.1)
+    if "class_weights" in loss.options:
+        yield from _with(loss, label_smoothing=0.1, class_weights=WEIGHTS)
+
+
+def _class_weights(loss: Loss) -> Iterator[Measure]:
+    yield from _with(loss, class_weights=WEIGHTS)
+
+
+def _z_loss(loss: Loss) -> Iterator[Measure]:
+    yield from _with(loss, z_loss=0.1)
+
+
+def _softcap(loss: Loss) -> Iterator[Measure]:
+    yield from _with(loss, softcap=3.0)
+
+
+def _mean(loss: Loss) -> Iterator[Measure]:
+    """Of so many examples that a sum in 16 bits would stop at 256, or 2048."""
+    n = 4096
+    for dtype in ("float32", "bfloat16"):
+        case = normal(n, 4, dtype=dtype)
+        losses = case.exact().loss
+        weights = np.resize(np.array([1.0, 0.5, 0.0, 3.0, 0.125], np.float32), n)
+        made = f"weights = np.resize({literal(weights[:5])}, {n})"
+        case = dataclasses.replace(case, recipe=f"{case.recipe}\n{made}")
+        masks: dict[str, tuple[Any, np.ndarray]] = {"weights": (weights, wide(weights))}
+        if loss.kind != "dense":
+            masks["ignore_index"] = 2, wide(case.labels != 2)
+        masks = {k: x for k, x in masks.items() if k in loss.options}
+        for chosen in ({}, masks):
+            options = {k: x for k, (x, _) in chosen.items()}
+            weight = math.prod((x for _, x in chosen.values()), start=np.ones(n))
+            want = (losses * weight).sum() / weight.sum()
+            got = loss.raw(*loss.arrays(case), reduction="mean", **options)
+            call = loss.call(reduction="mean", **options)
+            yield measure(loss, case, call, got, want, ORDINARY)
+
+
+def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
+    if "weights" in loss.options:
+        options: dict[str, Any] = {"weights": np.zeros(2, np.float32)}
+    elif "ignore_index" in loss.options and loss.kind != "dense":
+        options = {"ignore_index": 0}
+    else:
+        raise NotApplicable("it takes neither weights nor ignore_index")
+    options |= {"reduction": "mean"}
+    case = rows([1.0, 0.0], [2.0, 3.0]).with_options(**options)
+    call = loss.call(**options)
+    arrays, position = loss.arrays(case), loss.position
+    got, by_logits = jax.value_and_grad(
+        lambda z: loss.raw(*arrays[:position], z, *arrays[position + 1 :], **options)
+    )(arrays[position])
+    yield measure(loss, case, call, got, 0.0, 0.0, 1.0)
+    call = f"jax.grad(lambda logits: {call})(logits)"
+    yield measure(loss, case, call, by_logits, np.zeros((2, 2)), 0.0, 1.0)
+
+
+def _every_output(loss: Loss) -> Iterator[Measure]:
+    case = normal(5, 37)
+    arrays, position = loss.arrays(case), loss.position
+    g = np.array([1.0, -0.5, 0.25, 2.0, -1.5]), np.array([0.5, 3.0, -1.0, 0.0, 0.25])
+
+    def total(z: Array) -> Array:
+        losses, aux = loss.fn(*arrays[:position], z, *arrays[position + 1 :], return_aux=True)
+        terms = zip(g, (losses, aux[0]), strict=True)
+        return sum((jnp.sum(jnp.asarray(a, b.dtype) * b) for a, b in terms), jnp.zeros(()))
+
+    exact = case.exact()
+    want = g[0][:, None] * exact.by_logits + g[1][:, None] * exact.softmax
+    call = "jax.grad(lambda logits: g @ losses + h @ log_normalizers)(logits)"
+    yield measure(loss, case, call, jax.grad(total)(arrays[position]), want, ORDINARY,
+                  np.abs(want).max(-1, keepdims=True))  # fmt: skip
+
+
+# -- dtypes -------------------------------------------------------------------------------------------
+
+
+def _half(dtype: str) -> Check:
+    def check(loss: Loss) -> Iterator[Measure]:
+        """Against the exact loss of the very 16-bit logits."""
+        for case in (normal(7, 37, dtype=dtype), normal(3, 2049, seed=3, dtype=dtype)):
+            losses, by_logits = derivative(loss, case)
+            says = f"the gradient has dtype {by_logits.dtype}, and the logits {dtype}"
+            yield flag(loss, case, loss.call(), by_logits.dtype == case.logits.dtype, says)
+            exact, call = case.exact(), gradient_call(loss, case)
+            yield measure(loss, case, loss.call(), losses, exact.loss, ORDINARY, 1.0)
+            yield measure(loss, case, call, by_logits, exact.by_logits, HALF[dtype],
+                          largest_in_row(exact.by_logits))  # fmt: skip
+
+    return check
+
+
+def _double(loss: Loss) -> Iterator[Measure]:
+    with jax.enable_x64(True):
+        yield from answers(loss, normal(5, 37, dtype="float64"), 1e-12, gradient_bound=1e-12)
+
+
+# -- transformations ----------------------------------------------------------------------------------
+
+
+def _function(loss: Loss, case: Case, **options: Any) -> tuple[Callable[..., Array], Array]:
+    """The losses as a function of the logits, and the logits."""
+    arrays, position = loss.arrays(case), loss.position
+    return (
+        lambda z: loss.each(*arrays[:position], z, *arrays[position + 1 :], **options),
+        arrays[position],
+    )
+
+
+def _jit(loss: Loss) -> Iterator[Measure]:
+    case = normal(5, 37)
+    fn, z = _function(loss, case)
+    yield measure(loss, case, f"jax.jit(lambda logits: {loss.call()})(logits)", jax.jit(fn)(z),
+                  case.exact().loss, ORDINARY)  # fmt: skip
+    want = case.exact().by_logits
+    got = jax.jit(jax.grad(lambda z: jnp.sum(fn(z))))(z)
+    call = f"jax.jit(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)"
+    yield measure(loss, case, call, got, want, ORDINARY, np.abs(want).max())
+
+
+def _vmap(loss: Loss) -> Iterator[Measure]:
+    """Over examples, in both orders with `jax.grad`."""
+    case = normal(5, 37)
+    exact = case.exact()
+    logits, labels = jnp.asarray(case.logits), jnp.asarray(case.labels)
+
+    def one(z: Array, y: Array) -> Array:
+        if loss.kind == "dense":
+            y = jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
+        state = (jnp.ones((1, 1), z.dtype),) if loss.kind == "linear" else ()
+        return jnp.sum(loss.raw(*state, z[None], y[None]))
+
+    scale = np.abs(exact.by_logits).max()
+    each = "lambda z, y: jnp.sum(loss(z[None], y[None]))"
+    call = f"jax.vmap({each})(logits, labels)"
+    yield measure(loss, case, call, jax.vmap(one)(logits, labels), exact.loss, ORDINARY)
+    call = f"jax.vmap(jax.grad({each}))(logits, labels)"
+    got = jax.vmap(jax.grad(one))(logits, labels)
+    yield measure(loss, case, call, got, exact.by_logits, ORDINARY, scale)
+    call = f"jax.grad(lambda z: jnp.sum(jax.vmap({each})(z, labels)))(logits)"
+    got = jax.grad(lambda z: jnp.sum(jax.vmap(one)(z, labels)))(logits)
+    yield measure(loss, case, call, got, exact.by_logits, ORDINARY, scale)
+
+
+def _hessian_of(case: Case) -> np.ndarray:
+    o = case.exact().softmax[0]
+    return np.diag(o) - np.outer(o, o)
+
+
+def _hessian(loss: Loss) -> Iterator[Measure]:
+    for case in (normal(1, 5), rows([4.0, 1.0, 4.0])):
+        fn, z = _function(loss, case)
+        got = jax.jacrev(jax.grad(lambda z, fn=fn: jnp.sum(fn(z))))(z)[0, :, 0, :]
+        call = f"jax.jacrev(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)"
+        yield measure(loss, case, call, got, _hessian_of(case), ORDINARY, 1.0)
+
+
+def _forward_mode(loss: Loss) -> Iterator[Measure]:
+    options = {"forward_mode": True} if "forward_mode" in loss.options else {}
+    case = normal(3, 5)
+    fn, z = _function(loss, case, **options)
+    exact = case.exact()
+    tangent = np.resize([1.0, -0.5, 0.25, 2.0], case.logits.shape).astype(np.float32)
+    _, got = jax.jvp(fn, (z,), (jnp.asarray(tangent),))
+    call = f"jax.jvp(lambda logits: {loss.call(**options)}, (logits,), (tangent,))[1]"
+    yield measure(loss, case, call, got, (exact.by_logits * tangent).sum(-1), ORDINARY, 1.0)
+    case = normal(1, 5)
+    fn, z = _function(loss, case, **options)
+    got = jax.hessian(lambda z: jnp.sum(fn(z)))(z)[0, :, 0, :]
+    call = f"jax.hessian(lambda logits: jnp.sum({loss.call(**options)}))(logits)"
+    yield measure(loss, case, call, got, _hessian_of(case), ORDINARY, 1.0)
+
+
+def _checkpoint_and_scan(loss: Loss) -> Iterator[Measure]:
+    case = normal(4, 37)
+    fn, z = _function(loss, case)
+    want = 3 * case.exact().by_logits
+
+    def total(z: Array) -> Array:
+        step = jax.checkpoint(lambda total, _: (total + jnp.sum(fn(z)), None))
+        return jax.lax.scan(step, jnp.zeros((), jnp.float32), None, length=3)[0]
+
+    call = f"jax.grad of three steps of jax.lax.scan over jax.checkpoint of jnp.sum({loss.call()})"
+    got = jax.jit(jax.grad(total))(z)
+    yield measure(loss, case, repr(call), got, want, ORDINARY, np.abs(want).max())
+
+
+def _shard_map(loss: Loss) -> Iterator[Measure]:
+    """The examples over two devices."""
+    if len(jax.devices()) < 2:
+        raise NotApplicable(
+            "there is one device; jax.config.update('jax_num_cpu_devices', 2) makes two"
+        )
+    if loss.reduces:
+        raise NotApplicable("it returns a mean or a sum only")
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2],
+                         axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    specs = (split, whole, split) if loss.kind == "linear" else (split, split)
+    case = normal(6, 37)
+    arrays, position = loss.arrays(case), loss.position
+    fn = jax.shard_map(loss.raw, mesh=mesh, in_specs=specs, out_specs=split)
+    g = jnp.asarray(np.resize([1.0, -0.5, 0.25, 2.0], 6), jnp.float32)
+
+    def total(z: Array) -> Array:
+        return jnp.sum(g * fn(*arrays[:position], z, *arrays[position + 1 :]))
+
+    exact = case.exact()
+    want = wide(g)[:, None] * exact.by_logits
+    got, by_logits = jax.jit(jax.value_and_grad(total))(arrays[position])
+    call = "jax.shard_map(loss, mesh=mesh, in_specs=..., out_specs=PartitionSpec('data'))"
+    yield measure(loss, case, repr(call), got, (wide(g) * exact.loss).sum(), ORDINARY, 1.0)
+    yield measure(loss, case, repr("the gradient by the logits of " + call), by_logits, want,
+                  ORDINARY, np.abs(want).max())  # fmt: skip
+
+
+# -- memory and errors --------------------------------------------------------------------------------
+
+
+def _residuals(loss: Loss) -> Iterator[Measure]:
+    """What reverse mode keeps beside its arguments, in arrays of the logits' size; nothing is run."""
+    n, d, v = 2048, 8, 8192
+    logits, labels = jax.ShapeDtypeStruct((n, v), jnp.float32), jnp.zeros(n, jnp.int32)
+    hidden, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (d, v)))
+    floats, rest = {
+        "integer": ((logits,), (labels,)),
+        "dense": ((logits, logits), ()),
+        "linear": ((hidden, kernel), (labels,)),
+    }[loss.kind]
+
+    def kept(*floats: Array) -> list[Array]:
+        return jax.tree.leaves(jax.vjp(lambda *floats: loss.raw(*floats, *rest), *floats)[1])
+
+    jaxpr = jax.make_jaxpr(kept)(*floats).jaxpr
+    own = [x for x in jaxpr.outvars if x not in jaxpr.invars]
+    count = sum(math.prod(getattr(x.aval, "shape", ())) >= n * v for x in own)
+    says = f"reverse mode keeps {count} arrays of the size of the logits, beside its arguments"
+    shapes = ", ".join(str(x.shape) for x in floats)
+    yield Measure(float(count), 0.0, f"{loss.source}\n# of {shapes}: {says}", says)
+
+
+def _head_memory(loss: Loss) -> Iterator[Measure]:
+    """Temporary memory of the compiled gradient, in arrays of logits."""
+    n, d, v = 1024, 8, 65536
+    arrays = (
+        jax.ShapeDtypeStruct((n, d), jnp.float32),
+        jax.ShapeDtypeStruct((d, v), jnp.float32),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+    fn = jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1))
+    memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
+    if memory is None:
+        raise NotApplicable("this platform does not tell")
+    share = memory.temp_size_in_bytes / (4 * n * v)
+    says = f"the gradient of the mean takes {share:.2f} arrays of float32 logits"
+    call = f"# for hidden {arrays[0].shape}, kernel {arrays[1].shape}, compiled by jax.jit: {says}"
+    yield Measure(share, 0.5, f"{loss.source}\n{call}", says)
+
+
+def _bad_input(loss: Loss) -> Iterator[Measure]:
+    good = normal(3, 5)
+    bad = {
+        "labels for four examples, logits of three": Case(good.logits, np.zeros(4, np.int32)),
+        "labels of shape (3, 1)": Case(good.logits, np.zeros((3, 1), np.int32)),
+        "integer logits": Case(np.ones((3, 5), np.int32), good.labels),
+    }
+    if loss.kind != "dense":
+        bad["float labels"] = Case(good.logits, np.zeros(3, np.float32))
+        bad["bool labels"] = Case(good.logits, np.zeros(3, bool))
+    for what, case in bad.items():
+        arrays = [jnp.asarray(case.logits), jnp.asarray(case.labels)]
+        if loss.kind == "dense" and what.startswith("labels"):
+            arrays[1] = jnp.zeros((*case.labels.shape, 5)[:2] if case.labels.ndim == 1 else (3, 1))
+        if loss.kind == "dense" and what == "integer logits":
+            arrays[1] = jnp.asarray(one_hot(case.labels, 5))
+        if loss.kind == "linear":
+            arrays.insert(0, jnp.eye(3, dtype=arrays[0].dtype))
+        try:
+            loss.raw(*arrays)
+        except Exception:
+            continue  # whatever it is, it is loud
+        shown = ", ".join(literal(np.asarray(x)) for x in arrays)
+        says = f"{what}: accepted, where an error is due"
+        lines = [loss.source, f"loss({shown})  # {says}"]
+        yield Measure(np.inf, 0.0, "\n".join(lines), says)
+
+
+# -- the list -----------------------------------------------------------------------------------------
+
+_IDS = ("integer", "linear")
+
+PROMISES = (
+    Promise("values", "the loss of ordinary rows is right",
+            "the loss that is reported is not the loss", _values),
+    Promise("gradients", "the gradient by the logits is softmax - y",
+            "the weights move in another direction than the loss asks for", _gradients),
+    Promise("cotangents", "each example's gradient is scaled by its own cotangent",
+            "weighted and masked losses train as if all examples weighed the same", _cotangents),
+    Promise("targets", "targets need not sum to one",
+            "mixed, masked or weighted targets get the gradient of others", _targets, ("dense",)),
+    Promise("gradients by targets", "the targets are differentiated",
+            "distillation into learned targets trains on a wrong gradient", _target_gradients,
+            ("dense",)),
+    Promise("hidden states and kernel", "both gradients of a real head are right, at uneven sizes",
+            "the head, or all below it, trains on a wrong gradient", _head_gradients, ("linear",)),
+    Promise("confident rows", "small losses and their gradients keep their digits",
+            "examples that are nearly learned report a loss of 0 or a noisy one, and stop learning",
+            _confident),
+    Promise("large offsets", "what is added to all logits changes nothing",
+            "when logits drift the loss is rounded by their size", _offsets),
+    Promise("ties", "several largest logits are right", "an untrained head starts off wrong", _ties),
+    Promise("many classes", "large vocabularies of odd size count each class once",
+            "padded or repeated classes enter the normalizer and every loss is off", _many_classes),
+    Promise("uneven batches", "any number of examples and classes will do",
+            "the last, smaller batch is wrong", _uneven),
+    Promise("one class", "one class costs nothing", "a degenerate head is not a no-op", _one_class),
+    Promise("no examples", "a batch of none has no losses", "an empty shard ends the run",
+            _no_examples),
+    Promise("absent classes", "a logit of -inf takes a class away",
+            "masking classes by -inf makes the loss NaN", _absent),
+    Promise("absent labels", "the label's logit of -inf costs +inf, and its gradient is finite",
+            "one such example makes all weights NaN", _absent_label),
+    Promise("bad rows", "NaN or infinite logits are NaN in their own row alone",
+            "a bad example is hidden, or spoils its neighbours", _bad_rows),
+    Promise("bad labels", "a label that is no class is NaN",
+            "a wrong label trains another class, and nobody sees it", _bad_labels, _IDS),
+    Promise("label dtypes", "class ids may have any integer dtype",
+            "labels that are stored in 8 bits wrap to other classes", _label_dtypes, _IDS),
+    Promise("ignored labels", "ignore_index leaves out an example, whatever its logits hold",
+            "padding enters the loss, or its NaN the weights", _ignored, _IDS, ("ignore_index",)),
+    Promise("weights of zero", "a weight of 0 leaves out an example, whatever its logits hold",
+            "what was masked enters the weights as NaN", _weightless, needs=("weights",)),
+    Promise("masked rows", "`where` leaves out an example, whatever its logits hold",
+            "what was masked enters the weights as NaN", _masked_rows, ("integer", "dense"),
+            ("where",)),
+    Promise("masked classes", "`where` leaves out a class, whatever its logits hold",
+            "invalid actions or padded classes enter the loss", _masked_classes,
+            ("integer", "dense"), ("where",)),
+    Promise("label smoothing", "label_smoothing is right, with class weights too",
+            "the smoothed loss and its gradient are another's", _smoothing,
+            needs=("label_smoothing",)),
+    Promise("class weights", "class_weights weigh the loss and its gradient",
+            "rare classes count otherwise than asked", _class_weights, needs=("class_weights",)),
+    Promise("z-loss", "z_loss adds its square of the log-normalizer and the gradient of that",
+            "the normalizer drifts, though a penalty is reported", _z_loss, needs=("z_loss",)),
+    Promise("soft-cap", "softcap is differentiated with the loss",
+            "large logits get too large a gradient", _softcap, needs=("softcap",)),
+    Promise("mean", "a mean divides by the exact weight of what counts",
+            "the size of a step depends on the padding, or on rounding", _mean,
+            needs=("reduction",)),
+    Promise("mean of nothing", "a mean over no example is 0, and so is its gradient",
+            "a batch of padding makes all weights NaN", _mean_of_nothing, needs=("reduction",)),
+    Promise("every output", "the log-normalizer that is returned is differentiated",
+            "a z-loss made of it is reported and never trained on", _every_output, ("linear",),
+            ("return_aux",)),
+    Promise("bfloat16", "16-bit logits lose nothing but a rounding of their gradient",
+            "losses are quantised to steps of a per cent", _half("bfloat16")),
+    Promise("float16", "16-bit logits lose nothing but a rounding of their gradient",
+            "losses are quantised to steps of a thousandth", _half("float16")),
+    Promise("float64", "float64 stays float64", "numerical gradient checks fail", _double),
+    Promise("jit", "it is the same under jax.jit", "the compiled step computes something else", _jit),
+    Promise("vmap", "it is the same under jax.vmap, in both orders with jax.grad",
+            "gradients by example are wrong or raise", _vmap),
+    Promise("second derivatives", "the gradient is differentiated exactly, by reverse mode",
+            "meta-learning and curvature see a wrong Hessian", _hessian),
+    Promise("forward mode", "jax.jvp and jax.hessian work",
+            "Hessian-vector products by forward mode raise", _forward_mode),
+    Promise("checkpoint and scan", "it is the same in jax.lax.scan over jax.checkpoint",
+            "rematerialised training is wrong or raises", _checkpoint_and_scan),
+    Promise("shard_map", "it is the same inside jax.shard_map over examples",
+            "data-parallel training is wrong or raises", _shard_map),
+    Promise("residuals", "reverse mode keeps no array of the logits' size of its own",
+            "unless the compiler undoes it, the backward pass waits with another array of that size",
+            _residuals),
+    Promise("memory", "the gradient of a head never holds its logits",
+            "the vocabulary decides how large a batch fits", _head_memory, ("linear",)),
+    Promise("bad input", "wrong shapes and dtypes raise, and are not broadcast or cast",
+            "a mistake in the input pipeline trains on in silence", _bad_input),
+)  # fmt: skip

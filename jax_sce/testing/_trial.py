@@ -1,0 +1,303 @@
+"""A loss on trial: called as a function of logits, whatever its signature, and its answers measured."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ._oracle import Exact, exact, one_hot, wide
+
+ORDINARY = 1e-5  # a hundred roundings of 2^-24, and less than any term that could be missing
+TINY = 2.0**-126  # below this a compiler may flush to zero
+
+KINDS = ("integer", "dense", "linear")
+TAKES = {
+    "integer": ("logits", "labels"),
+    "dense": ("logits", "labels"),
+    "linear": ("hidden", "kernel", "labels"),
+}
+
+
+class NotApplicable(Exception):
+    """The promise does not concern this loss; the message says why."""
+
+
+# -- inputs -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Logits [N, V], class ids [N] or distributions [N, V], options, and how to make them anew."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: str = (
+        ""  # Python for `logits` and `labels`; empty if they are short enough to be written
+    )
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Distributions [N, V], float64."""
+        if self.labels.ndim == self.logits.ndim:
+            return wide(self.labels)
+        return one_hot(self.labels, self.logits.shape[-1])
+
+    def exact(self) -> Exact:
+        known = ("label_smoothing", "class_weights", "z_loss", "softcap")
+        return exact(
+            self.logits, self.targets, **{k: x for k, x in self.options.items() if k in known}
+        )
+
+    def with_options(self, **options: Any) -> "Case":
+        return dataclasses.replace(self, options=options)
+
+    def written(self) -> list[str]:
+        """Lines of Python that make the arrays."""
+        if self.recipe:
+            return self.recipe.splitlines()
+        return [f"logits = {literal(self.logits)}", f"labels = {literal(self.labels)}"]
+
+
+def literal(x: np.ndarray) -> str:
+    numbers = repr(x.tolist()).replace("inf", "np.inf").replace("nan", "np.nan")
+    module = "jnp" if x.dtype.name == "bfloat16" else "np"
+    return f"{module}.array({numbers}, {module}.{x.dtype.name})"
+
+
+def rows(*logits: Any, labels: Any = 0, dtype: Any = np.float32) -> Case:
+    """Of logits that are written down; the labels are class 0 unless they are given."""
+    array = np.array(logits, dtype)
+    return Case(array, np.broadcast_to(np.asarray(labels), array.shape[:1]).astype(np.int32))
+
+
+def normal(n: int, v: int, *, seed: int = 0, dtype: str = "float32") -> Case:
+    """Logits of standard deviation 2.5, so small that every class counts."""
+    recipe = (
+        f"draw = np.random.default_rng({seed})\n"
+        f"logits = (2.5 * draw.standard_normal(({n}, {v}))).astype(jnp.{dtype})\n"
+        f"labels = draw.integers({v}, size={n}, dtype=np.int32)"
+    )
+    return _made(recipe)
+
+
+def distributions(n: int, v: int, *, seed: int = 0, dtype: str = "float32") -> Case:
+    """The same with targets that do not sum to one, of either sign."""
+    recipe = (
+        f"draw = np.random.default_rng({seed})\n"
+        f"logits = (2.5 * draw.standard_normal(({n}, {v}))).astype(jnp.{dtype})\n"
+        f"labels = draw.uniform(-0.5, 1, ({n}, {v})).astype(jnp.{dtype})"
+    )
+    return _made(recipe)
+
+
+@functools.lru_cache(maxsize=32)
+def _made(recipe: str) -> Case:
+    names: dict[str, Any] = {"np": np, "jnp": jnp}
+    exec(recipe, names)  # our own lines: what is shown is what is run
+    return Case(names["logits"], names["labels"], recipe=recipe)
+
+
+# -- the loss -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss by its signature: what it takes, and whether it returns the loss of each example."""
+
+    fn: Callable[..., Any]
+    kind: str
+    options: frozenset[str]  # the keywords that it takes
+    source: str  # lines of Python that define `loss`
+    reduces: str = ""  # "mean" or "sum" if it returns a number only
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], kind: str, options: Any, source: str) -> "Loss":
+        """Calls it once, to see what it returns.
+
+        Raises:
+          ValueError: It returns neither the loss of each example nor one number.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        names = _keywords(fn, kind) if options is None else frozenset(options)
+        loss = cls(fn, kind, names, source)
+        case = rows([0.0, 1.0], [2.0, -1.0], [0.0, 0.0], labels=[0, 1, 1])
+        out = fn(*loss.arrays(case))
+        if isinstance(out, tuple | list | dict) or jnp.shape(out) not in ((3,), ()):
+            came = type(out).__name__ if isinstance(out, tuple | list | dict) else jnp.shape(out)
+            raise ValueError(
+                f"loss_fn must return the losses, of shape (3,) for three examples, or one number, "
+                f"got {came}; adapt it by a lambda"
+            )
+        if jnp.shape(out) == (3,):
+            return loss
+        total = float(case.exact().loss.sum())
+        is_mean = abs(3 * float(out) - total) < abs(float(out) - total)
+        return dataclasses.replace(loss, reduces="mean" if is_mean else "sum")
+
+    def arrays(self, case: Case) -> tuple[Array, ...]:
+        """What it is called with. A head whose hidden states are the rows of the identity has the kernel
+        for its logits, exactly."""
+        logits, labels = jnp.asarray(case.logits), jnp.asarray(case.labels)
+        if self.kind == "dense" and labels.ndim < logits.ndim:
+            labels = jnp.asarray(case.targets.astype(case.logits.dtype))
+        if self.kind != "linear":
+            return logits, labels
+        return jnp.eye(logits.shape[0], dtype=logits.dtype), logits, labels
+
+    @property
+    def position(self) -> int:
+        """That of the logits among what it is called with."""
+        return 1 if self.kind == "linear" else 0
+
+    def raw(self, *arrays: Array, **options: Any) -> Array:
+        return jnp.asarray(self.fn(*arrays, **options))
+
+    def each(self, *arrays: Array, **options: Any) -> Array:
+        """The loss of each example, [N]; of a loss that gives but a number, by a call for each."""
+        if not self.reduces:
+            return self.raw(*arrays, **options)
+        one_by_one = []
+        for i in range(len(arrays[0])):
+            single = [x[i : i + 1] for x in arrays]
+            if self.kind == "linear":
+                single[1] = arrays[1]  # the kernel, which all examples share
+            one_by_one.append(self.raw(*single, **options))
+        return jnp.stack(one_by_one)
+
+    def call(self, **options: Any) -> str:
+        keywords = "".join(f", {k}={_shown(k, x)}" for k, x in options.items())
+        arguments = "logits, labels"
+        if self.kind == "linear":
+            arguments = "jnp.eye(len(labels), dtype=logits.dtype), logits, labels"
+        return f"loss({arguments}{keywords})"
+
+
+def _shown(name: str, x: Any) -> str:
+    if not isinstance(x, np.ndarray | Array):
+        return repr(x)
+    return literal(np.asarray(x)) if x.size <= 12 else name  # which the recipe makes
+
+
+def _keywords(fn: Callable[..., Any], kind: str) -> frozenset[str]:
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    taken = len(TAKES[kind])  # whatever they are called
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(p.name for p in list(parameters)[taken:] if p.kind in named)
+
+
+# -- measuring ----------------------------------------------------------------------------------------
+
+
+class Measure(NamedTuple):
+    """The error of an answer that comes nearest to what is allowed, or exceeds it most."""
+
+    error: float  # infinite where one is finite and the other is not
+    bound: float
+    reproduce: str = ""  # lines of Python
+    says: str = ""  # what came, and what was expected
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.bound
+
+    @property
+    def excess(self) -> float:
+        return _ratio(np.float64(self.error), np.float64(self.bound))
+
+
+def _ratio(error: Any, bound: Any) -> Any:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(error == 0, 0, error / bound)[()]
+
+
+def measure(
+    loss: Loss, case: Case, call: str, got: Any, want: Any, bound: Any, scale: Any = None
+) -> Measure:
+    """The error relative to `scale`, the exact answer by default. `call` is how to come by the answer.
+    Numbers below the smallest normal one are as good as 0."""
+    got = wide(got)
+    want = np.broadcast_to(wide(want), got.shape)
+    if not got.size:
+        return Measure(0.0, 0.0)
+    scale = np.broadcast_to(np.abs(want) if scale is None else wide(scale), got.shape)
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    same |= (np.abs(got) < TINY) & (np.abs(want) < TINY)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.where(same, 0, np.abs(got - want) / scale)
+    error = np.where(np.isnan(error), np.inf, error)
+    bound = np.broadcast_to(bound, got.shape)
+    at = np.unravel_index(np.argmax(_ratio(error, bound)), got.shape)
+    where = f"[{', '.join(map(str, at))}] " if got.ndim else ""
+    says = f"{where}gives {got[at]:.6g}, and it is {want[at]:.6g}"
+    reproduce = reproduction(loss, case, call, says)
+    return Measure(float(error[at]), float(bound[at]), reproduce, says)
+
+
+def flag(loss: Loss, case: Case, call: str, holds: bool, says: str) -> Measure:
+    """Of what has no size."""
+    return Measure(0.0 if holds else np.inf, 0.0, reproduction(loss, case, call, says), says)
+
+
+def reproduction(loss: Loss, case: Case, call: str, says: str) -> str:
+    lines = [loss.source, *case.written()]
+    if loss.kind == "dense" and case.labels.ndim < case.logits.ndim:
+        lines.append("labels = np.eye(logits.shape[1], dtype=logits.dtype)[labels]")
+    return "\n".join([*lines, f"print({call})  # {says}"])
+
+
+def derivative(
+    loss: Loss, case: Case, g: Any = None, position: int | None = None
+) -> tuple[Array, Array]:
+    """The losses, and the gradient of `g . losses` by the logits, or another of the arrays."""
+    position = loss.position if position is None else position
+    arrays = loss.arrays(case)
+
+    def losses(x: Array) -> Array:
+        return loss.each(*arrays[:position], x, *arrays[position + 1 :], **case.options)
+
+    value, pull = jax.vjp(losses, arrays[position])
+    g = np.ones(value.shape) if g is None else g
+    return value, pull(jnp.asarray(g, value.dtype))[0]
+
+
+def gradient_call(loss: Loss, case: Case, g: Any = None, by: str = "logits") -> str:
+    total = loss.call(**case.options) + ("" if g is None else f" * {literal(g)}")
+    return f"jax.grad(lambda {by}: jnp.sum({total}))({by})"
+
+
+def answers(
+    loss: Loss,
+    case: Case,
+    bound: Any = ORDINARY,
+    scale: Any = None,
+    *,
+    gradient_bound: Any = ORDINARY,
+    gradient_scale: Any = None,
+    g: Any = None,
+) -> Iterator[Measure]:
+    """The losses against the exact ones, relative to themselves, and the gradient of `g . losses` by the
+    logits, relative to the largest of each row."""
+    losses, by_logits = derivative(loss, case, g)
+    exact = case.exact()
+    yield measure(loss, case, loss.call(**case.options), losses, exact.loss, bound, scale)
+    want = exact.by_logits if g is None else wide(g)[:, None] * exact.by_logits
+    if gradient_scale is None:
+        gradient_scale = largest_in_row(want)
+    call = gradient_call(loss, case, g)
+    yield measure(loss, case, call, by_logits, want, gradient_bound, gradient_scale)
+
+
+def largest_in_row(x: np.ndarray) -> np.ndarray:
+    largest = np.abs(x).max(-1, keepdims=True)
+    return np.where(largest == 0, 1, largest)

@@ -1,0 +1,355 @@
+"""The conformance suite: a loss with a fault breaks the promise of it, and no other.
+
+That this library keeps every promise is seen by the command, which `.ci/run` runs on it.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import lax
+
+import jax_sce
+from jax_sce.testing import Report, conformance
+from jax_sce.testing.__main__ import adapted, parse
+from jax_sce.testing._oracle import exact
+from jax_sce.testing._promises import PROMISES
+
+OURS = {
+    "integer": jax_sce.softmax_cross_entropy_with_integer_labels,
+    "dense": jax_sce.softmax_cross_entropy,
+    "linear": jax_sce.linear_softmax_cross_entropy,
+}
+
+
+def names(results):
+    return {result.promise for result in results}
+
+
+CHEAP = ["one class", "bad labels", "absent classes", "every output", "weights of zero", "jit"]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_promises_are_kept_where_they_apply(kind):
+    report = conformance(OURS[kind], kind, promises=CHEAP)
+    assert report.holds, str(report)
+    assert [result.promise for result in report.results] == CHEAP
+    idle = names(r for r in report.results if r.status == "not applicable")
+    assert idle == {p.name for p in PROMISES if p.name in CHEAP and kind not in p.kinds}
+
+
+# -- faults ------------------------------------------------------------------------------------------
+# Each is one that a published loss had, put into ours.
+
+
+def ours(logits, labels, **options):
+    return OURS["integer"](logits, labels, **options)
+
+
+def uniform_cotangents(logits, labels):
+    """As if every example had the mean cotangent."""
+
+    @jax.custom_vjp
+    def alike(losses):
+        return losses
+
+    alike.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.mean(g)),))
+    return alike(ours(logits, labels))
+
+
+def last_class_for_minus_one(logits, labels):
+    return ours(logits, labels % logits.shape[-1])
+
+
+def cancelling(logits, labels):
+    picked = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
+    return jax.nn.logsumexp(logits, -1) - picked
+
+
+def padded(logits, labels):
+    """To a multiple of 512 classes, with zeros, that count."""
+    return ours(jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % 512))), labels)
+
+
+def capped_without_its_derivative(logits, labels, *, softcap=None):
+    if softcap is None:
+        return ours(logits, labels)
+    capped = logits + lax.stop_gradient(softcap * jnp.tanh(logits / softcap) - logits)
+    return ours(capped, labels)
+
+
+def ignored_as_class_zero(logits, labels, *, ignore_index=None):
+    if ignore_index is None:
+        return ours(logits, labels)
+    return ours(logits, jnp.where(labels == ignore_index, 0, labels))
+
+
+def masked_afterwards(logits, labels, *, ignore_index=None):
+    """The gradient of what is masked is 0 times NaN."""
+    if ignore_index is None:
+        return ours(logits, labels)
+    kept = labels != ignore_index
+    losses = cancelling(logits, jnp.where(kept, labels, 0))
+    return jnp.where(kept, losses, 0)
+
+
+def quantised(logits, labels):
+    return cancelling(logits, labels).astype(logits.dtype)
+
+
+def mean_in_16_bits(logits, labels, *, reduction="none"):
+    losses = ours(logits, labels)
+    if reduction == "none":
+        return losses
+    count = lax.fori_loop(0, len(losses), lambda _, n: n + jnp.bfloat16(1), jnp.bfloat16(0))
+    return losses.sum() / count.astype(losses.dtype)
+
+
+def keeps_the_softmax(logits, labels):
+    @jax.custom_vjp
+    def loss(logits):
+        return ours(logits, labels)
+
+    def fwd(logits):
+        return loss(logits), jax.nn.softmax(logits)
+
+    def bwd(softmax, g):
+        return (g[:, None] * (softmax - jax.nn.one_hot(labels, softmax.shape[-1])),)
+
+    loss.defvjp(fwd, bwd)
+    return loss(logits)
+
+
+def targets_that_sum_to_one(logits, labels):
+    @jax.custom_vjp
+    def loss(logits, labels):
+        return OURS["dense"](logits, labels)
+
+    def fwd(logits, labels):
+        return loss(logits, labels), (logits, labels)
+
+    def bwd(residuals, g):
+        logits, labels = residuals
+        softmax = jax.nn.softmax(logits)
+        return g[:, None] * (softmax - labels), -g[:, None] * jnp.log(softmax)
+
+    loss.defvjp(fwd, bwd)
+    return loss(logits, labels)
+
+
+def aux_without_a_gradient(hidden, kernel, labels, *, return_aux=False):
+    losses, aux = OURS["linear"](hidden, kernel, labels, return_aux=True)
+    return (losses, jax.tree.map(lax.stop_gradient, aux)) if return_aux else losses
+
+
+def whole_logits(hidden, kernel, labels):
+    return ours(hidden @ kernel, labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "broken"),
+    [
+        (uniform_cotangents, "integer", {"cotangents"}),
+        (last_class_for_minus_one, "integer", {"bad labels"}),
+        (cancelling, "integer", {"confident rows", "large offsets"}),
+        (padded, "integer", {"many classes", "one class"}),
+        (capped_without_its_derivative, "integer", {"soft-cap"}),
+        (ignored_as_class_zero, "integer", {"ignored labels"}),
+        (masked_afterwards, "integer", {"ignored labels"}),
+        (quantised, "integer", {"bfloat16", "float16"}),
+        (mean_in_16_bits, "integer", {"mean"}),
+        (keeps_the_softmax, "integer", {"residuals"}),
+        (targets_that_sum_to_one, "dense", {"targets"}),
+        (aux_without_a_gradient, "linear", {"every output"}),
+        (whole_logits, "linear", {"memory"}),
+    ],
+)
+@pytest.mark.usefixtures("lax_promotion")
+def test_a_fault_breaks_its_promise(loss, kind, broken):
+    report = conformance(loss, kind, promises=[*broken, "one class"])
+    assert names(report.broken) == broken
+    for result in report.broken:
+        assert result.error > result.bound
+        assert result.detail
+        assert result.broken
+
+
+@pytest.mark.usefixtures("lax_promotion")
+def test_what_raises_breaks_a_promise_and_no_more():
+    def shy(logits, labels):
+        if logits.shape[-1] > 1000:
+            raise MemoryError("too many\nto count")
+        return ours(logits, labels)
+
+    report = conformance(shy, promises=["values", "many classes", "jit"])
+    assert [result.status for result in report.results] == ["pass", "fail", "pass"]
+    assert report["many classes"].detail == "raises MemoryError: too many"
+
+
+@pytest.mark.usefixtures("lax_promotion")
+@pytest.mark.parametrize("reduce", [jnp.sum, jnp.mean])
+def test_a_loss_that_returns_a_number_is_called_for_each_example(reduce):
+    def total(logits, labels):
+        return reduce(ours(logits, labels))
+
+    report = conformance(total, promises=["values", "cotangents", "uneven batches", "no examples"])
+    assert [r.status for r in report.results] == ["pass", "pass", "pass", "not applicable"]
+
+    def wrong_in_a_batch(logits, labels):
+        losses = ours(logits, labels)
+        return reduce(losses) + (losses[0] if len(losses) > 100 else 0)
+
+    assert not conformance(wrong_in_a_batch, promises=["uneven batches"]).holds
+
+
+@pytest.mark.usefixtures("lax_promotion")
+@pytest.mark.parametrize(
+    ("name", "kind", "broken"),
+    [
+        (
+            "optax.softmax_cross_entropy_with_integer_labels",
+            "integer",
+            ["large offsets", "bad labels", "bfloat16", "residuals"],
+        ),
+        ("optax.softmax_cross_entropy", "dense", ["confident rows", "absent classes", "bad input"]),
+    ],
+)
+def test_the_reproductions_run(name, kind, broken, capsys):
+    loss = getattr(optax, name.removeprefix("optax."))
+    source = f"import optax\nloss = {name}"
+    report = conformance(loss, kind, promises=broken, source=source)
+    assert names(report.broken) == set(broken)
+    for result in report.broken:
+        exec("import jax, jax.numpy as jnp, numpy as np\n" + result.reproduce, {})
+    assert len(capsys.readouterr().out.splitlines()) >= len(broken) - 1
+
+
+def test_the_report():
+    report = conformance(cancelling, promises=["jit", "confident rows", "targets"])
+    assert isinstance(report, Report)
+    assert not report.holds
+    assert report["targets"].detail == "it is not for losses of kind 'integer'"
+    text = str(report)
+    assert "cancelling, integer: promises broken: 1" in text
+    assert report["confident rows"].broken in text
+    with pytest.raises(KeyError, match="speed"):
+        report["speed"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "message"),
+    [
+        (ours, {"kind": "sparse"}, "kind must be one of integer, dense, linear, got 'sparse'"),
+        (ours, {"promises": ["speed"]}, "promises must be among values, .*, got 'speed'"),
+        (lambda z, y: z, {}, r"must return the losses, of shape \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(loss, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        conformance(loss, **arguments)
+
+
+# -- the oracle --------------------------------------------------------------------------------------
+
+
+def test_the_oracle_is_what_jax_differentiates(x64):
+    r = jax.random.key(0)
+    logits = 3 * jax.random.normal(r, (4, 5), jnp.float64)
+    targets = jax.random.uniform(jax.random.fold_in(r, 1), (4, 5), jnp.float64, -0.5, 1)
+    options = {"label_smoothing": 0.2, "z_loss": 0.3, "softcap": 2.5}
+    weights = jnp.array([0.5, 1.0, 0.0, 2.0, 3.0])
+
+    def losses(logits):
+        return jax_sce.reference.softmax_cross_entropy(
+            logits, targets, class_weights=weights[None], **options
+        )
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        want, pull = jax.vjp(losses, logits)
+        gradient = pull(jnp.ones(4))[0]
+    got = exact(logits, targets, class_weights=weights, **options)
+    assert abs(got.loss - want).max() < 1e-13
+    assert abs(got.by_logits - gradient).max() < 1e-13
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "jax_sce.testing", *arguments],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_the_command(tmp_path):
+    file = tmp_path / "report.json"
+    ended = command("optax:softmax_cross_entropy_with_integer_labels", "--json", file,
+                    "--promises", "values,confident rows,shard_map")  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert "broken 1" in ended.stdout
+    (report,) = json.loads(file.read_text())
+    assert [r["status"] for r in report["results"]] == ["pass", "fail", "pass"]
+
+
+def test_the_command_adapts():
+    ended = command("optax:softmax_cross_entropy", "--kind", "dense", "--promises", "values",
+                    "--arguments", "logits,labels", "--set", "axis=-1")  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "promises kept 1, broken 0" in ended.stdout
+
+
+def test_what_is_set_can_be_asked_for_anew():
+    """And an argument that has the name of an option is none."""
+    loss = adapted(OURS["linear"], "linear", ["hidden", "kernel", "labels"], {"reduction": "none"})
+    assert conformance(loss, "linear", promises=["mean of nothing"]).holds
+
+    def renamed(weights, hidden, labels):
+        return OURS["linear"](hidden, weights.T, labels)
+
+    loss = adapted(renamed, "linear", ["kernel.T", "hidden", "labels"], {})
+    report = conformance(loss, "linear", promises=["hidden states and kernel", "weights of zero"])
+    assert [result.status for result in report.results] == ["pass", "not applicable"]
+
+
+def test_a_loss_that_cannot_be_called_is_not_a_broken_promise():
+    ended = command("optax:softmax_cross_entropy", "--kind", "dense", "--set", "temperature=2")
+    assert ended.returncode == 2
+    assert "optax:softmax_cross_entropy: TypeError" in ended.stderr
+
+
+def test_the_command_sets_all_side_by_side():
+    ended = command("--promises", "one class")
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("| | jax_sce integer | jax_sce dense | jax_sce linear |")
+    assert "Kept by all that they apply to: one class." in lines
+    assert any(line.startswith("optax ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("optax", "the loss must be like module:function, got 'optax'"),
+        ("optax:nothing", "optax:nothing cannot be imported"),
+        ("optax:__version__", "optax:__version__ must be callable, got str"),
+        ("optax:softmax_cross_entropy --arguments logits", "--arguments must name logits, labels"),
+        ("optax:softmax_cross_entropy --set axis", "--set must be like name=value, got 'axis'"),
+        ("--json nowhere/at/all.json", "there is no folder nowhere"),
+        ("--promises speed", "promises must be among values,"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["testing", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        parse()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_keywords_are_read_through_partial():
+    fn = functools.partial(OURS["integer"], z_loss=0.0)
+    assert conformance(fn, promises=["z-loss"]).results[0].status == "pass"
