@@ -15,7 +15,7 @@ import jax
 import pytest
 
 # The same draws every time, lest a run fail for what another found. `--hypothesis-profile=thorough`.
-hypothesis.settings.register_profile("usual", max_examples=60, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("usual", max_examples=50, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=3000, deadline=None)
 hypothesis.settings.load_profile("usual")
 

@@ -15,7 +15,7 @@ import pytest
 from support import exact_gradient, exact_loss, wide
 
 from jax_sce.benchmark import Quartiles, Row, compare
-from jax_sce.benchmark.__main__ import parse
+from jax_sce.benchmark.__main__ import FOLDER, parse
 from jax_sce.benchmark._cases import DTYPES, PASSES, Case, shape_text
 from jax_sce.benchmark._measure import round_robin
 from jax_sce.benchmark._peak import peak_bytes
@@ -241,9 +241,13 @@ def test_bad_options_are_named(arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_shapes_choose_the_subjects(monkeypatch):
+def test_shapes_choose_the_subjects(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmark", "--shapes", "8x10,16x20", "--dtypes", "float32"])
-    options = parse().options
+    args = parse()
+    options = args.options
+    assert args.json.parent == args.plot == FOLDER  # nobody said where to
+    assert (tmp_path / FOLDER).is_dir()
     assert list(options) == ["logits"]
     assert options["logits"]["shapes"] == [(8, 10), (16, 20)]
     assert options["logits"]["dtypes"] == ["float32"]

@@ -54,8 +54,8 @@ SHAPES = [(), (1,), (N,), (V,), (D,), (N, 1), (1, V), (N, V), (D, V), (V, D), (N
 NUMBERS = [0, 1, -1, 2, 7, -100, 2**31, 2**70, 0.0, 0.5, 1.0, 1.5, -0.5, 1e300, math.nan, math.inf,
            -math.inf, 1j, True, False, Fraction(1, 2)]  # fmt: skip
 OBJECTS = [None, "", "mean", "sum", "none", "avg", b"mean", "abc", Thing(), Thing, len, [], (), {},
-           set(), {"a": 1}, [None], [[1.0], [1.0, 2.0]], ["a", "b"], (0,), (1,), (-1,), (0, 1), (1, 0),
-           (1, 1), (1.0,), ("a",), (None,), [1], [0, 1], slice(None), range(2), iter([1]), Ellipsis,
+           set(), {"a": 1}, [None], [[1.0], [1.0, 2.0]], ["x", "y"], (0,), (1,), (-1,), (0, 1), (1, 0),
+           (1, 1), (1.0,), ("x",), (None,), [1], [0, 1], slice(None), range(2), iter([1]), Ellipsis,
            np.array("abc"), np.array(["a"] * N), np.array([None] * N), np.array([Thing()] * N),
            np.datetime64("2020-01-01"), np.zeros(N, "datetime64[s]"), np.zeros(N, [("a", float)]),
            jax.random.key(0), jax.random.split(jax.random.key(0), N), np.int64(1), np.float16(0.5),

@@ -26,6 +26,7 @@ COMPARED = ("logits", "linear")  # the subjects that the options are for
 SUBJECTS = (*COMPARED, "scaling", "small")
 
 ROUNDS, QUICK_ROUNDS = 5, 3
+FOLDER = Path("jax_sce-benchmark")  # where the report and the pictures go if nobody says
 QUICK: dict[str, dict[str, Any]] = {
     "logits": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
     "linear": {"shapes": [(512, 64, 8192)], "dtypes": ["float32"], "passes": ["value_and_grad"]},
@@ -113,7 +114,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, or with --quick {QUICK_ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to this file")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder; "
+                        f"without --json and --plot both go to {FOLDER}/")  # fmt: skip
     args = parser.parse_args()
     try:
         interpret(args)
@@ -146,6 +148,9 @@ def interpret(args: argparse.Namespace) -> None:
     args.options = {s: compare_options(args, s) for s in COMPARED if s in args.subjects}
     if not args.options and (args.shapes or args.dtypes or args.passes or args.peers):
         raise ValueError("--shapes, --dtypes, --passes and --peers are for logits and linear")
+    if not args.json and not args.plot:
+        FOLDER.mkdir(exist_ok=True)
+        args.json, args.plot = FOLDER / "report.json", FOLDER
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {args.json.parent}")
     if args.plot and args.plot.exists() and not args.plot.is_dir():

@@ -1,6 +1,6 @@
 """Assertions for a softmax cross-entropy of your own: does it agree with the naive formula?
 
-Needs `chex` (`pip install "jax_sce[test]"`).
+Needs `chex` (`pip install "jax_sce[testing]"`).
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .. import reference
+from ._oracle import wide
 
 
 def assert_matches_reference(
@@ -84,7 +85,7 @@ def _expected(logits, labels, integer, cotangent, options):
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        floats = [jnp.asarray(_wide(logits))] + ([] if integer else [jnp.asarray(_wide(labels))])
+        floats = [jnp.asarray(wide(logits))] + ([] if integer else [jnp.asarray(wide(labels))])
         ids = [jnp.asarray(np.asarray(labels))] if integer else []
         naive = (
             reference.softmax_cross_entropy_with_integer_labels
@@ -100,14 +101,9 @@ def _expected(logits, labels, integer, cotangent, options):
         return jax.tree.map(np.asarray, run(floats, jnp.asarray(cotangent)))
 
 
-def _wide(x: Array) -> np.ndarray:
-    """In float64, exactly."""
-    return np.asarray(x.astype(jnp.float32) if x.dtype.itemsize < 4 else x, np.float64)
-
-
 def _assert_close(what: str, got: Array, want: np.ndarray, rtol: float) -> None:
     """Relative to each row's largest entry: an element near a zero crossing has no digits to keep."""
-    values = _wide(got)
+    values = wide(got)
     scale = np.max(np.abs(want), axis=-1, keepdims=True) if want.ndim > 1 else np.abs(want)
     error = np.abs(values - want) / np.where(scale == 0, 1, scale)
     np.testing.assert_array_less(

@@ -116,7 +116,8 @@ def conformance(
     """
     chosen = PROMISES if promises is None else by_name(promises)
     name = name or getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    loss = Loss.of(loss_fn, kind, options, source or f"loss = {name}  # yours")
+    imports = "import jax, jax.numpy as jnp, numpy as np\n"
+    loss = Loss.of(loss_fn, kind, options, imports + (source or f"loss = {name}  # yours"))
     with jax.default_matmul_precision("highest"):
         results = tuple(_result(promise, loss, documented or {}) for promise in chosen)
     return Report(name, kind, results)

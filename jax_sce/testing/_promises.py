@@ -93,37 +93,44 @@ def _target_gradients(loss: Loss) -> Iterator[Measure]:
 
 
 def _head_gradients(loss: Loss) -> Iterator[Measure]:
-    """Of real hidden states and a real kernel, unlike the others, whose kernel is the logits."""
-    draw = np.random.default_rng(0)
-    n, d, v = 131, 17, 2049
-    hidden = draw.standard_normal((n, d)).astype(np.float32)
-    kernel = draw.standard_normal((d, v)).astype(np.float32)
-    labels = draw.integers(v, size=n, dtype=np.int32)
-    exact = Case(wide(hidden) @ wide(kernel), labels).exact()
-    by_logits = exact.by_logits if loss.reduces != "mean" else exact.by_logits / n
-    case = Case(
-        hidden,
-        labels,
-        recipe=(
-            "draw = np.random.default_rng(0)\n"
-            f"hidden = draw.standard_normal(({n}, {d})).astype(np.float32)\n"
-            f"kernel = draw.standard_normal(({d}, {v})).astype(np.float32)\n"
-            f"labels = draw.integers({v}, size={n}, dtype=np.int32)"
-        ),
+    """Of real hidden states and a real kernel, unlike the others, whose kernel is the logits; of more
+    examples than a chunk may have, and an odd number."""
+    n, d, v = 1101, 17, 2049
+    recipe = (
+        "draw = np.random.default_rng(0)\n"
+        f"hidden = draw.standard_normal(({n}, {d})).astype(np.float32)\n"
+        f"kernel = draw.standard_normal(({d}, {v})).astype(np.float32) / 2\n"
+        f"labels = draw.integers({v}, size={n}, dtype=np.int32)"
     )
+    made: dict[str, Any] = {"np": np}
+    exec(recipe, made)
+    hidden, kernel, labels = (made[name] for name in ("hidden", "kernel", "labels"))
+    for options in ({}, {"reduction": "mean"}, {"softcap": 2.0, "z_loss": 0.1}):
+        if not options.keys() <= loss.options:
+            continue
+        case = Case(wide(hidden) @ wide(kernel), labels, options, recipe)
+        exact = case.exact()
+        reduces = options.get("reduction", loss.reduces)
+        each = np.resize([1.0, -0.5, 0.25, 2.0], n) if not reduces else np.ones(n)
+        g = each / n if reduces == "mean" else each
 
-    def total(hidden: Array, kernel: Array) -> Array:
-        return jnp.sum(loss.raw(hidden, kernel, jnp.asarray(labels)))
+        def total(hidden: Array, kernel: Array, options: Any = options, each: Any = each) -> Array:
+            losses = loss.raw(hidden, kernel, jnp.asarray(labels), **options)
+            return jnp.sum(losses * jnp.asarray(each[: losses.size], losses.dtype))
 
-    got, (by_hidden, by_kernel) = jax.value_and_grad(total, (0, 1))(hidden, kernel)
-    want = exact.loss.mean() if loss.reduces == "mean" else exact.loss.sum()
-    yield measure(loss, case, "jnp.sum(loss(hidden, kernel, labels))", got, want, ORDINARY)
-    for name, gradient_, want in (
-        ("hidden", by_hidden, by_logits @ wide(kernel).T),
-        ("kernel", by_kernel, wide(hidden).T @ by_logits),
-    ):
-        call = f"jax.grad(lambda {name}: jnp.sum(loss(hidden, kernel, labels)))({name})"
-        yield measure(loss, case, call, gradient_, want, ORDINARY, np.abs(want).max())
+        keywords = "".join(f", {k}={x!r}" for k, x in options.items())
+        call = f"jnp.sum(loss(hidden, kernel, labels{keywords})"
+        call += ")" if reduces else f" * np.resize([1.0, -0.5, 0.25, 2.0], {n}))"
+        got, (by_hidden, by_kernel) = jax.value_and_grad(total, (0, 1))(hidden, kernel)
+        size = (np.abs(g) * exact.loss).sum()
+        yield measure(loss, case, call, got, (g * exact.loss).sum(), ORDINARY, size)
+        by_logits = g[:, None] * exact.by_logits
+        for name, gradient, want in (
+            ("hidden", by_hidden, by_logits @ wide(kernel).T),
+            ("kernel", by_kernel, wide(hidden).T @ by_logits),
+        ):
+            grad = f"jax.grad(lambda {name}: {call})({name})"
+            yield measure(loss, case, grad, gradient, want, ORDINARY, np.abs(want).max())
 
 
 def _confident(loss: Loss) -> Iterator[Measure]:
@@ -366,8 +373,7 @@ def _mean(loss: Loss) -> Iterator[Measure]:
         case = normal(n, 4, dtype=dtype)
         losses = case.exact().loss
         weights = np.resize(np.array([1.0, 0.5, 0.0, 3.0, 0.125], np.float32), n)
-        made = f"weights = np.resize({literal(weights[:5])}, {n})"
-        case = dataclasses.replace(case, recipe=f"{case.recipe}\n{made}")
+        case = case.and_then(f"weights = np.resize({literal(weights[:5])}, {n})")
         masks: dict[str, tuple[Any, np.ndarray]] = {"weights": (weights, wide(weights))}
         if loss.kind != "dense":
             masks["ignore_index"] = 2, wide(case.labels != 2)
@@ -401,20 +407,20 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
 
 
 def _every_output(loss: Loss) -> Iterator[Measure]:
-    case = normal(5, 37)
+    g, h = np.array([1.0, -0.5, 0.25, 2.0, -1.5]), np.array([0.5, 3.0, -1.0, 0.0, 0.25])
+    case = normal(5, 37).and_then(f"g, h = {literal(g)}, {literal(h)}")
     arrays, position = loss.arrays(case), loss.position
-    g = np.array([1.0, -0.5, 0.25, 2.0, -1.5]), np.array([0.5, 3.0, -1.0, 0.0, 0.25])
 
     def total(z: Array) -> Array:
         losses, aux = loss.fn(*arrays[:position], z, *arrays[position + 1 :], return_aux=True)
-        terms = zip(g, (losses, aux[0]), strict=True)
-        return sum((jnp.sum(jnp.asarray(a, b.dtype) * b) for a, b in terms), jnp.zeros(()))
+        return jnp.sum(g * losses) + jnp.sum(h * aux[0])
 
     exact = case.exact()
-    want = g[0][:, None] * exact.by_logits + g[1][:, None] * exact.softmax
-    call = "jax.grad(lambda logits: g @ losses + h @ log_normalizers)(logits)"
+    want = g[:, None] * exact.by_logits + h[:, None] * exact.softmax
+    outputs = loss.call(return_aux=True)
+    call = f"jax.grad(lambda logits: (lambda x, aux: g @ x + h @ aux[0])(*{outputs}))(logits)"
     yield measure(loss, case, call, jax.grad(total)(arrays[position]), want, ORDINARY,
-                  np.abs(want).max(-1, keepdims=True))  # fmt: skip
+                  largest_in_row(want))  # fmt: skip
 
 
 # -- dtypes -------------------------------------------------------------------------------------------
@@ -437,7 +443,9 @@ def _half(dtype: str) -> Check:
 
 def _double(loss: Loss) -> Iterator[Measure]:
     with jax.enable_x64(True):
-        yield from answers(loss, normal(5, 37, dtype="float64"), 1e-12, gradient_bound=1e-12)
+        case = normal(5, 37, dtype="float64")
+        case = case.and_then("jax.config.update('jax_enable_x64', True)")
+        yield from answers(loss, case, 1e-12, gradient_bound=1e-12)
 
 
 # -- transformations ----------------------------------------------------------------------------------
@@ -476,7 +484,8 @@ def _vmap(loss: Loss) -> Iterator[Measure]:
         return jnp.sum(loss.raw(*state, z[None], y[None]))
 
     scale = np.abs(exact.by_logits).max()
-    each = "lambda z, y: jnp.sum(loss(z[None], y[None]))"
+    state = "jnp.ones((1, 1), z.dtype), " if loss.kind == "linear" else ""
+    each = f"lambda z, y: jnp.sum(loss({state}z[None], y[None]))"
     call = f"jax.vmap({each})(logits, labels)"
     yield measure(loss, case, call, jax.vmap(one)(logits, labels), exact.loss, ORDINARY)
     call = f"jax.vmap(jax.grad({each}))(logits, labels)"
@@ -502,10 +511,10 @@ def _hessian(loss: Loss) -> Iterator[Measure]:
 
 def _forward_mode(loss: Loss) -> Iterator[Measure]:
     options = {"forward_mode": True} if "forward_mode" in loss.options else {}
-    case = normal(3, 5)
+    tangent = np.resize(np.array([1.0, -0.5, 0.25, 2.0], np.float32), (3, 5))
+    case = normal(3, 5).and_then(f"tangent = np.resize({literal(tangent[0, :4])}, (3, 5))")
     fn, z = _function(loss, case, **options)
     exact = case.exact()
-    tangent = np.resize([1.0, -0.5, 0.25, 2.0], case.logits.shape).astype(np.float32)
     _, got = jax.jvp(fn, (z,), (jnp.asarray(tangent),))
     call = f"jax.jvp(lambda logits: {loss.call(**options)}, (logits,), (tangent,))[1]"
     yield measure(loss, case, call, got, (exact.by_logits * tangent).sum(-1), ORDINARY, 1.0)
@@ -525,9 +534,10 @@ def _checkpoint_and_scan(loss: Loss) -> Iterator[Measure]:
         step = jax.checkpoint(lambda total, _: (total + jnp.sum(fn(z)), None))
         return jax.lax.scan(step, jnp.zeros((), jnp.float32), None, length=3)[0]
 
-    call = f"jax.grad of three steps of jax.lax.scan over jax.checkpoint of jnp.sum({loss.call()})"
+    step = f"jax.checkpoint(lambda total, _: (total + jnp.sum({loss.call()}), None))"
+    call = f"jax.grad(lambda logits: jax.lax.scan({step}, 0.0, None, length=3)[0])(logits)"
     got = jax.jit(jax.grad(total))(z)
-    yield measure(loss, case, repr(call), got, want, ORDINARY, np.abs(want).max())
+    yield measure(loss, case, call, got, want, ORDINARY, np.abs(want).max())
 
 
 def _shard_map(loss: Loss) -> Iterator[Measure]:
@@ -542,10 +552,15 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
                          axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
     split, whole = PartitionSpec("data"), PartitionSpec()
     specs = (split, whole, split) if loss.kind == "linear" else (split, split)
-    case = normal(6, 37)
+    g = np.resize(np.array([1.0, -0.5, 0.25, 2.0], np.float32), 6)
+    case = normal(6, 37).and_then(
+        f"g = np.resize({literal(g[:4])}, 6)",
+        "from jax.sharding import AxisType, PartitionSpec",
+        "mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))  # on two devices",
+        f"loss = jax.shard_map(loss, mesh=mesh, in_specs={specs}, out_specs={split})",
+    )
     arrays, position = loss.arrays(case), loss.position
     fn = jax.shard_map(loss.raw, mesh=mesh, in_specs=specs, out_specs=split)
-    g = jnp.asarray(np.resize([1.0, -0.5, 0.25, 2.0], 6), jnp.float32)
 
     def total(z: Array) -> Array:
         return jnp.sum(g * fn(*arrays[:position], z, *arrays[position + 1 :]))
@@ -553,10 +568,10 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
     exact = case.exact()
     want = wide(g)[:, None] * exact.by_logits
     got, by_logits = jax.jit(jax.value_and_grad(total))(arrays[position])
-    call = "jax.shard_map(loss, mesh=mesh, in_specs=..., out_specs=PartitionSpec('data'))"
-    yield measure(loss, case, repr(call), got, (wide(g) * exact.loss).sum(), ORDINARY, 1.0)
-    yield measure(loss, case, repr("the gradient by the logits of " + call), by_logits, want,
-                  ORDINARY, np.abs(want).max())  # fmt: skip
+    call = f"jnp.sum(g * {loss.call()})"
+    yield measure(loss, case, call, got, (wide(g) * exact.loss).sum(), ORDINARY, 1.0)
+    call = f"jax.grad(lambda logits: {call})(logits)"
+    yield measure(loss, case, call, by_logits, want, ORDINARY, np.abs(want).max())
 
 
 # -- memory and errors --------------------------------------------------------------------------------

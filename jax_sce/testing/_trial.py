@@ -55,6 +55,10 @@ class Case:
             self.logits, self.targets, **{k: x for k, x in self.options.items() if k in known}
         )
 
+    def and_then(self, *lines: str) -> "Case":
+        """With more lines in its recipe."""
+        return dataclasses.replace(self, recipe="\n".join([*self.written(), *lines]))
+
     def with_options(self, **options: Any) -> "Case":
         return dataclasses.replace(self, options=options)
 
@@ -114,7 +118,7 @@ class Loss:
     fn: Callable[..., Any]
     kind: str
     options: frozenset[str]  # the keywords that it takes
-    source: str  # lines of Python that define `loss`
+    source: str  # lines of Python that import what is needed and define `loss`
     reduces: str = ""  # "mean" or "sum" if it returns a number only
 
     @classmethod
@@ -228,8 +232,6 @@ def measure(
     Numbers below the smallest normal one are as good as 0."""
     got = wide(got)
     want = np.broadcast_to(wide(want), got.shape)
-    if not got.size:
-        return Measure(0.0, 0.0)
     scale = np.broadcast_to(np.abs(want) if scale is None else wide(scale), got.shape)
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     same |= (np.abs(got) < TINY) & (np.abs(want) < TINY)
@@ -239,7 +241,8 @@ def measure(
     bound = np.broadcast_to(bound, got.shape)
     at = np.unravel_index(np.argmax(_ratio(error, bound)), got.shape)
     where = f"[{', '.join(map(str, at))}] " if got.ndim else ""
-    says = f"{where}gives {got[at]:.6g}, and it is {want[at]:.6g}"
+    digits = 6 if f"{got[at]:.6g}" != f"{want[at]:.6g}" else 17
+    says = f"{where}gives {got[at]:.{digits}g}, and it is {want[at]:.{digits}g}"
     reproduce = reproduction(loss, case, call, says)
     return Measure(float(error[at]), float(bound[at]), reproduce, says)
 
