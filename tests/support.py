@@ -11,6 +11,7 @@ from jax_sce import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
 )
+from jax_sce.testing._oracle import wide
 
 # Every tolerance of the tests, relative unless said otherwise.
 #   loss       for confident rows, as jax_sce/_rows.py promises: some eight roundings of 2^-24
@@ -55,12 +56,6 @@ def cotangents(shape):
 
 def targets_like(labels, num_classes, kind):
     return labels if kind == "integer" else jnp.asarray(one_hot(labels, num_classes))
-
-
-def wide(x):
-    """As a NumPy float64 array, exactly."""
-    x = np.asarray(x)
-    return x.astype(np.float32).astype(np.float64) if x.dtype.itemsize < 4 else x.astype(np.float64)
 
 
 # -- the oracle ----------------------------------------------------------------------------------

@@ -57,16 +57,18 @@ def sets_of(names):
         chosen = list(pairs[0])
         while len(chosen) < 4:
             fitting = [o for o in names if o not in chosen and not clash([*chosen, o])]
-            chosen.append(
-                max(fitting, key=lambda o: sum(o in p and p[p[0] == o] in chosen for p in pairs))
-            )
+            chosen.append(max(fitting, key=lambda o: sum(set(p) <= {*chosen, o} for p in pairs)))
         yield tuple(name for name in names if name in chosen)
         pairs = [pair for pair in pairs if not set(pair) <= set(chosen)]
 
 
+def names_for(kind):
+    return [o for o in OPTIONS if kind == "integer" or o != "ignore_index"]
+
+
 def cases():
     for kind in BOTH:
-        names = [o for o in OPTIONS if kind == "integer" or o != "ignore_index"]
+        names = names_for(kind)
         everything = tuple(o for o in names if o not in ("keep examples", "sum"))
         for options in [(), *((name,) for name in names), *sets_of(names), everything]:
             yield pytest.param(kind, options, id="-".join([kind, *options]))
@@ -77,8 +79,7 @@ CASES = list(cases())
 
 def test_every_pair_is_in_a_case():
     for kind in BOTH:
-        names = [o for o in OPTIONS if kind == "integer" or o != "ignore_index"]
-        for pair in itertools.combinations(names, 2):
+        for pair in itertools.combinations(names_for(kind), 2):
             together = [p for p in CASES if p.values[0] == kind and set(pair) <= set(p.values[1])]
             assert bool(together) == (not clash(pair))
 

@@ -133,7 +133,6 @@ class Row:
     gradient: np.ndarray | float = 0.0
     terms: float = 0.0  # the sum of the absolute values of what the loss adds up
     slack: np.ndarray | float = 0.0  # the same for the gradient, times its error in units of 2^-22
-    kept: bool = True
 
 
 def row_of(z, y, label, there, *, smoothing, class_weights, z_loss, softcap):
@@ -204,25 +203,20 @@ def contract(arguments, g, ignore_index, reduction):
     for i in range(n):
         label = int(labels[i]) if labels.ndim == 1 else None
         if not there[i].any() or weights[i] == 0 or (label is not None and label == ignore_index):
-            rows.append(Row(kept=False))
+            rows.append(Row())
             continue
         y = None if label is not None else wide(labels[i])
         rows.append(row_of(z[i], y, label, there[i], class_weights=class_weights, **scalars))
         weighed = label is not None and class_weights is not None
         bad = weighed and not 0 <= label < v  # the loss is NaN, and some weight must be taken
         divisor += weights[i] * (class_weights[0 if bad else label] if weighed else 1.0)
-    with np.errstate(invalid="ignore"):
-        losses = np.array(
-            [w * r.loss if r.kept else 0.0 for w, r in zip(weights, rows, strict=True)]
-        )
-        terms = np.abs(weights) * [r.terms if r.kept else 0.0 for r in rows]
-        factor = weights * (g if reduction == "none" else g[0])
-        if reduction == "mean":
-            factor = factor / divisor if divisor else np.zeros(n)
-        gradient = np.stack([f * (r.gradient + np.zeros(v)) if r.kept else np.zeros(v)
-                             for f, r in zip(factor, rows, strict=True)])  # fmt: skip
-        slack = np.stack([abs(f) * (r.slack + np.zeros(v)) if r.kept else np.zeros(v)
-                          for f, r in zip(factor, rows, strict=True)])  # fmt: skip
+    factor = weights * (g if reduction == "none" else g[0])
+    if reduction == "mean":
+        factor = factor / divisor if divisor else np.zeros(n)
+    losses = weights * np.array([row.loss for row in rows])
+    terms = np.abs(weights) * [row.terms for row in rows]
+    gradient = factor[:, None] * np.stack([row.gradient + np.zeros(v) for row in rows])
+    slack = np.abs(factor)[:, None] * np.stack([row.slack + np.zeros(v) for row in rows])
     if reduction == "none":
         return losses, terms, gradient, slack
     total, terms = losses.sum(), terms.sum()

@@ -1,8 +1,6 @@
 """The command: `python -m jax_sce.benchmark --help`."""
 
 import argparse
-import importlib.util
-import logging
 import os
 import re
 import sys
@@ -10,15 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .._command import check_folder, check_known, is_installed, make_console, silence_tokamax
 from . import __doc__ as METHOD
-from ._cases import DTYPES, PASSES, check_known
+from ._cases import DTYPES, PASSES
 from ._compare import Row, compare
 from ._peers import all_peers, missing
 from ._plot import draw
 from ._report import Report, is_right
 from ._scaling import Fit, full_plan, quick_plan, scaling
 from ._small import import_seconds, small
-from ._table import make_console, print_report
+from ._table import print_report
 
 NEEDED = ("optax", "rich", "matplotlib")  # by the command
 
@@ -34,7 +33,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if absent := [name for name in NEEDED if not is_installed(name)]:
         sys.exit(f'{", ".join(absent)} must be installed: pip install "jax_sce[benchmark]"')
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -89,8 +88,7 @@ def set_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # JAX would take most of a GPU's memory for itself, and PyTorch has to run beside it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # tokamax tells of every tuning that it has no file for, in the midst of the progress display.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    silence_tokamax()  # lest it speak in the midst of the progress display
 
 
 # -- the command line --------------------------------------------------------------------------------
@@ -151,8 +149,7 @@ def interpret(args: argparse.Namespace) -> None:
     if not args.json and not args.plot:
         FOLDER.mkdir(exist_ok=True)
         args.json, args.plot = FOLDER / "report.json", FOLDER
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {args.json.parent}")
+    check_folder("--json", args.json)
     if args.plot and args.plot.exists() and not args.plot.is_dir():
         raise ValueError(f"--plot: {args.plot} is not a folder")
 

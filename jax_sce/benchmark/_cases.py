@@ -13,13 +13,15 @@ element would see little but the labels' elements, and not that the softmax's pa
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from .._command import check_known
 
 DTYPES = ("float32", "bfloat16")
 PASSES = {
@@ -47,12 +49,6 @@ _BOUNDS = {"float32": (1e-5, 1e-3), "bfloat16": (2e-2, 5e-2)}
 
 _SAMPLE = 64  # rows, and columns
 _BLOCK = 2**25  # float64 logits at a time
-
-
-def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what} must be among {', '.join(known)}, got {name!r}")
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .._command import check_known
 from ._cases import (
     PASSES,
     Case,
     Errors,
-    check_known,
     default_dtypes,
     default_passes,
     default_shapes,

@@ -24,7 +24,8 @@ from jax import Array
 
 import jax_sce
 
-from ._cases import PASSES, Case, check_known
+from .._command import check_known, is_installed
+from ._cases import PASSES, Case
 from ._programs import Loss, Program, jax_program
 from ._torch import PASSES as TORCH_PASSES, torch_program
 
@@ -44,7 +45,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        return self.module is None or importlib.util.find_spec(self.module) is not None
+        return self.package is None or is_installed(self.package)
 
 
 def all_peers(subject: str) -> list[Peer]:

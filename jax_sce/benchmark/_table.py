@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _STYLES = {"wrong": "red", "failed": "yellow"}
-_LEAST_WIDTH = 120  # of the table; a pipe has none of its own
-
-
-def make_console() -> "Console":
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=_LEAST_WIDTH, highlight=False)
 
 
 def print_report(console: "Console", report: Report) -> None:

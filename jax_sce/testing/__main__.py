@@ -4,9 +4,7 @@ import argparse
 import ast
 import functools
 import importlib
-import importlib.util
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable
@@ -15,10 +13,11 @@ from typing import Any
 
 import jax
 
+from .._command import check_folder, is_installed, make_console, silence_tokamax
 from ._conformance import Report, by_name, conformance, to_json
 from ._peers import PEERS
 from ._promises import PROMISES
-from ._table import make_console, markdown, print_report
+from ._table import markdown, print_report
 from ._trial import KINDS, TAKES
 
 DESCRIPTION = """Put a softmax cross-entropy to the test, promise by promise. The exit status is 0 if all
@@ -33,12 +32,11 @@ that of jax_sce's own."""
 
 
 def main() -> int:
-    if importlib.util.find_spec("rich") is None:
+    if not is_installed("rich"):
         sys.exit('rich must be installed: pip install "jax_sce[testing]"')
-    if jax.config.jax_platforms in (None, "", "cpu"):
-        # For the promise about shard_map; before the loss's module is imported and may ask for a device.
-        jax.config.update("jax_num_cpu_devices", 2)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # For the promise about shard_map; before the loss's module is imported and may ask for a device.
+    jax.config.update("jax_num_cpu_devices", 2)
+    silence_tokamax()
     args = parse()
     console = make_console()
     if args.loss is None:
@@ -103,8 +101,7 @@ def parse() -> argparse.Namespace:
             function = load(args.loss)
             args.adapted = adapted(function, args.kind, order, keywords)
             args.source = source_of(args.loss, args.kind, order, keywords)
-        if args.json and not args.json.parent.is_dir():
-            raise ValueError(f"--json: there is no folder {args.json.parent}")
+        check_folder("--json", args.json)
     except ValueError as error:
         parser.error(str(error))
     return args

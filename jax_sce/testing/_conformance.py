@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from .._command import check_known
 from ._promises import PROMISES, Promise
 from ._trial import Loss, NotApplicable
 
@@ -126,9 +127,7 @@ def conformance(
 def by_name(names: Iterable[str]) -> tuple[Promise, ...]:
     known = {promise.name: promise for promise in PROMISES}
     names = tuple(names)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"promises must be among {', '.join(known)}, got {name!r}")
+    check_known("promises", names, known)
     return tuple(known[name] for name in names)
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 from collections.abc import Mapping
-from typing import Any
 
 import jax_sce
 
+from .._command import is_installed
 from ._conformance import Report, conformance
+from ._trial import run
 
 _LABELS_ASSUMED = "its documentation assumes labels in [0, V)"
 _NOT_INFINITE = "its documentation says that logits must not be -inf"
@@ -24,7 +24,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.package.replace("-", "_")) is not None
+        return is_installed(self.package)
 
     @property
     def version(self) -> str:
@@ -33,9 +33,7 @@ class Peer:
         return importlib.metadata.version(self.package)
 
     def report(self, promises: list[str] | None) -> Report:
-        names: dict[str, Any] = {}
-        exec(self.source, names)  # our own lines: what is shown is what is run
-        return conformance(names["loss"], self.kind, promises=promises, name=self.name,
+        return conformance(run(self.source)["loss"], self.kind, promises=promises, name=self.name,
                            source=self.source, documented=self.documented)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from ._oracle import one_hot, wide
+from ._oracle import wide
 from ._trial import (
     KINDS,
     ORDINARY,
@@ -27,12 +27,14 @@ from ._trial import (
     derivative,
     distributions,
     flag,
+    grad_of,
     gradient_call,
     largest_in_row,
     literal,
     measure,
     normal,
     rows,
+    run,
 )
 
 Check = Callable[[Loss], Iterator[Measure]]
@@ -40,10 +42,8 @@ Check = Callable[[Loss], Iterator[Measure]]
 # What is allowed beside ORDINARY, and why.
 EXACT = 1e-6  # of the loss itself: some sixteen roundings of 2^-24 where nothing cancels
 GRADIENT = 2.0**-22  # (6 + the distance to the largest logit) times this, of the element itself
-HALF = {
-    "bfloat16": 2.0**-8,
-    "float16": 2.0**-10,
-}  # a rounding to 16 bits, of a row's largest element
+# Of a row's largest element: one rounding to bfloat16, and two to float16.
+HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Promise:
 def _values(loss: Loss) -> Iterator[Measure]:
     for case in (normal(7, 37), normal(2, 1000, seed=1)):
         losses = loss.each(*loss.arrays(case))
-        want = case.exact().loss
+        want = case.exact.loss
         yield measure(loss, case, loss.call(), losses, want, ORDINARY, np.maximum(1, want))
 
 
@@ -80,7 +80,7 @@ def _cotangents(loss: Loss) -> Iterator[Measure]:
 
 def _targets(loss: Loss) -> Iterator[Measure]:
     case = distributions(7, 37)
-    scale = (np.abs(case.targets) * case.exact().by_targets).sum(-1)
+    scale = (np.abs(case.targets) * case.exact.by_targets).sum(-1)
     yield from answers(loss, case, scale=scale)
 
 
@@ -89,7 +89,7 @@ def _target_gradients(loss: Loss) -> Iterator[Measure]:
     g = np.resize([1.0, -0.5, 0.25], 7)
     _, got = derivative(loss, case, g, position=1)
     call = gradient_call(loss, case, g, by="labels")
-    yield measure(loss, case, call, got, g[:, None] * case.exact().by_targets, ORDINARY)
+    yield measure(loss, case, call, got, g[:, None] * case.exact.by_targets, ORDINARY)
 
 
 def _head_gradients(loss: Loss) -> Iterator[Measure]:
@@ -102,14 +102,13 @@ def _head_gradients(loss: Loss) -> Iterator[Measure]:
         f"kernel = draw.standard_normal(({d}, {v})).astype(np.float32) / 2\n"
         f"labels = draw.integers({v}, size={n}, dtype=np.int32)"
     )
-    made: dict[str, Any] = {"np": np}
-    exec(recipe, made)
+    made = run(recipe)
     hidden, kernel, labels = (made[name] for name in ("hidden", "kernel", "labels"))
     for options in ({}, {"reduction": "mean"}, {"softcap": 2.0, "z_loss": 0.1}):
         if not options.keys() <= loss.options:
             continue
         case = Case(wide(hidden) @ wide(kernel), labels, options, recipe)
-        exact = case.exact()
+        exact = case.exact
         reduces = options.get("reduction", loss.reduces)
         each = np.resize([1.0, -0.5, 0.25, 2.0], n) if not reduces else np.ones(n)
         g = each / n if reduces == "mean" else each
@@ -129,15 +128,16 @@ def _head_gradients(loss: Loss) -> Iterator[Measure]:
             ("hidden", by_hidden, by_logits @ wide(kernel).T),
             ("kernel", by_kernel, wide(hidden).T @ by_logits),
         ):
-            grad = f"jax.grad(lambda {name}: {call})({name})"
-            yield measure(loss, case, grad, gradient, want, ORDINARY, np.abs(want).max())
+            yield measure(
+                loss, case, grad_of(call, name), gradient, want, ORDINARY, np.abs(want).max()
+            )
 
 
 def _confident(loss: Loss) -> Iterator[Measure]:
     case = rows(*([gap, 0.0, -1.0] for gap in (5.0, 10.0, 17.0, 30.0, 80.0)))
     distance = case.logits.max(-1, keepdims=True) - case.logits
     yield from answers(loss, case, EXACT, gradient_bound=GRADIENT * (6 + distance),
-                       gradient_scale=np.abs(case.exact().by_logits))  # fmt: skip
+                       by_element=True)  # fmt: skip
 
 
 def _offsets(loss: Loss) -> Iterator[Measure]:
@@ -145,20 +145,17 @@ def _offsets(loss: Loss) -> Iterator[Measure]:
     case = rows(
         *([to + by, to - by] for to, by in drifts), *([to, to - 3 * by] for to, by in drifts)
     )
-    yield from answers(loss, case, EXACT, gradient_bound=12 * GRADIENT,
-                       gradient_scale=np.abs(case.exact().by_logits))  # fmt: skip
+    yield from answers(loss, case, EXACT, gradient_bound=12 * GRADIENT, by_element=True)
 
 
 def _ties(loss: Loss) -> Iterator[Measure]:
     case = rows([3.0, 3.0, 3.0, -40.0], [1.0, -2.0, 1.0, 1.0], [0.0] * 4, labels=[1, 1, 3])
-    yield from answers(loss, case, EXACT, gradient_bound=50 * GRADIENT,
-                       gradient_scale=np.abs(case.exact().by_logits))  # fmt: skip
+    yield from answers(loss, case, EXACT, gradient_bound=50 * GRADIENT, by_element=True)
 
 
 def _many_classes(loss: Loss) -> Iterator[Measure]:
     for v in (2049, 50257):
-        case = normal(2, v)
-        yield from answers(loss, case, gradient_scale=np.abs(case.exact().by_logits))
+        yield from answers(loss, normal(2, v), by_element=True)
 
 
 def _uneven(loss: Loss) -> Iterator[Measure]:
@@ -166,19 +163,17 @@ def _uneven(loss: Loss) -> Iterator[Measure]:
     for n, v in ((1, 2), (131, 37), (5, 257)):
         case = normal(n, v, seed=v)
         arrays = loss.arrays(case)
-        position = loss.position
 
-        def total(z: Array, arrays: Any = arrays, position: int = position) -> Array:
-            return jnp.sum(loss.raw(*arrays[:position], z, *arrays[position + 1 :]))
+        def total(z: Array, arrays: Any = arrays) -> Array:
+            return jnp.sum(loss.raw(*loss.at_logits(arrays, z)))
 
-        got, by_logits = jax.value_and_grad(total)(arrays[position])
-        exact = case.exact()
+        got, by_logits = jax.value_and_grad(total)(arrays[loss.position])
+        exact = case.exact
         count = n if loss.reduces == "mean" else 1
         call = f"jnp.sum({loss.call()})"
         yield measure(loss, case, call, got, exact.loss.sum() / count, ORDINARY)
         want = exact.by_logits / count
-        call = f"jax.grad(lambda logits: {call})(logits)"
-        yield measure(loss, case, call, by_logits, want, ORDINARY, np.abs(want).max())
+        yield measure(loss, case, grad_of(call), by_logits, want, ORDINARY, np.abs(want).max())
 
 
 def _one_class(loss: Loss) -> Iterator[Measure]:
@@ -217,7 +212,7 @@ def _bad_rows(loss: Loss) -> Iterator[Measure]:
     for bad in ([np.nan, 0.0, 0.0], [np.inf, 0.0, 0.0], [-np.inf] * 3):
         case = rows([1.0, 0.0, -1.0], bad, [0.5, 2.0, 0.0])
         losses, by_logits = map(wide, derivative(loss, case))
-        exact = case.exact()
+        exact = case.exact
         yield measure(loss, case, loss.call(), losses, exact.loss, ORDINARY, 1.0)
         if np.isnan(by_logits[1]).any():  # one of them is loud enough
             by_logits[1] = np.nan
@@ -233,11 +228,12 @@ def _bad_states(loss: Loss) -> Iterator[Measure]:
         hidden[1] = bad
         labels = np.zeros(3, np.int32)
         with np.errstate(invalid="ignore"):
-            exact = Case(hidden @ kernel, labels).exact()
+            exact = Case(hidden @ kernel, labels).exact
         case = _written(normal(3, 5), hidden=hidden, logits=kernel, labels=labels)
         losses, by_hidden = map(wide, _by_hidden(loss, hidden, kernel, labels))
-        yield measure(loss, case, "loss(hidden, logits, labels)", losses, exact.loss, ORDINARY)
-        call = "jax.grad(lambda hidden: jnp.sum(loss(hidden, logits, labels)))(hidden)"
+        call = loss.call(state="hidden")
+        yield measure(loss, case, call, losses, exact.loss, ORDINARY)
+        call = grad_of(f"jnp.sum({call})", "hidden")
         want = exact.by_logits @ wide(kernel).T
         yield measure(loss, case, call, by_hidden[::2], want[::2], ORDINARY, 1.0)
 
@@ -277,7 +273,7 @@ def _excused(loss: Loss, options: dict[str, Any], labels: list[int]) -> Iterator
             yield from _excused_state(loss, case, rubbish)
             continue
         losses, by_logits = derivative(loss, case)
-        one = rows(*case.logits[::2], labels=case.labels[::2]).exact()
+        one = rows(*case.logits[::2], labels=case.labels[::2]).exact
         want = np.insert(one.loss, 1, 0)
         yield measure(loss, case, loss.call(**options), losses, want, ORDINARY, 1.0)
         want = np.insert(one.by_logits, 1, 0, axis=0)
@@ -289,7 +285,7 @@ def _excused_state(loss: Loss, case: Case, rubbish: float) -> Iterator[Measure]:
     """Of a head it is the hidden state that holds rubbish, and the kernel must not hear of it."""
     hidden, kernel = np.eye(3, dtype=np.float32), case.logits.copy()
     hidden[1], kernel[1] = rubbish, 1
-    one = rows(*kernel[::2], labels=case.labels[::2]).exact()
+    one = rows(*kernel[::2], labels=case.labels[::2]).exact
     case = _written(case, hidden=hidden, logits=kernel, labels=case.labels)
     labels = jnp.asarray(case.labels)
 
@@ -300,10 +296,8 @@ def _excused_state(loss: Loss, case: Case, rubbish: float) -> Iterator[Measure]:
     by_hidden = np.insert(one.by_logits @ wide(kernel).T, 1, 0, axis=0)
     by_kernel = np.insert(one.by_logits, 1, 0, axis=0)
     for name, gradient, want in zip(("hidden", "logits"), got, (by_hidden, by_kernel), strict=True):
-        call = gradient_call(loss, case, by=name).replace(
-            "jnp.eye(len(labels), dtype=logits.dtype)", "hidden"
-        )
-        yield measure(loss, case, call, gradient, want, ORDINARY, 1.0)
+        total_ = f"jnp.sum({loss.call(state='hidden', **case.options)})"
+        yield measure(loss, case, grad_of(total_, name), gradient, want, ORDINARY, 1.0)
 
 
 def _written(case: Case, **arrays: np.ndarray) -> Case:
@@ -331,7 +325,7 @@ def _masked_classes(loss: Loss) -> Iterator[Measure]:
     logits[:, 2] = np.nan
     where = np.array([[True, True, False, True, True]])
     case = Case(logits, np.array([0, 1, 4], np.int32), {"where": np.repeat(where, 3, 0)})
-    without = Case(np.delete(logits, 2, 1), np.array([0, 1, 3], np.int32)).exact()
+    without = Case(np.delete(logits, 2, 1), np.array([0, 1, 3], np.int32)).exact
     losses, by_logits = derivative(loss, case)
     yield measure(loss, case, loss.call(**case.options), losses, without.loss, ORDINARY)
     yield measure(loss, case, gradient_call(loss, case), by_logits,
@@ -371,14 +365,14 @@ def _mean(loss: Loss) -> Iterator[Measure]:
     n = 4096
     for dtype in ("float32", "bfloat16"):
         case = normal(n, 4, dtype=dtype)
-        losses = case.exact().loss
+        losses = case.exact.loss
         weights = np.resize(np.array([1.0, 0.5, 0.0, 3.0, 0.125], np.float32), n)
         case = case.and_then(f"weights = np.resize({literal(weights[:5])}, {n})")
         masks: dict[str, tuple[Any, np.ndarray]] = {"weights": (weights, wide(weights))}
         if loss.kind != "dense":
             masks["ignore_index"] = 2, wide(case.labels != 2)
         masks = {k: x for k, x in masks.items() if k in loss.options}
-        for chosen in ({}, masks):
+        for chosen in ({}, masks) if masks else ({},):
             options = {k: x for k, (x, _) in chosen.items()}
             weight = math.prod((x for _, x in chosen.values()), start=np.ones(n))
             want = (losses * weight).sum() / weight.sum()
@@ -396,30 +390,28 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
         raise NotApplicable("it takes neither weights nor ignore_index")
     options |= {"reduction": "mean"}
     case = rows([1.0, 0.0], [2.0, 3.0]).with_options(**options)
-    call = loss.call(**options)
-    arrays, position = loss.arrays(case), loss.position
-    got, by_logits = jax.value_and_grad(
-        lambda z: loss.raw(*arrays[:position], z, *arrays[position + 1 :], **options)
-    )(arrays[position])
+    call, arrays = loss.call(**options), loss.arrays(case)
+    got, by_logits = jax.value_and_grad(lambda z: loss.raw(*loss.at_logits(arrays, z), **options))(
+        arrays[loss.position]
+    )
     yield measure(loss, case, call, got, 0.0, 0.0, 1.0)
-    call = f"jax.grad(lambda logits: {call})(logits)"
-    yield measure(loss, case, call, by_logits, np.zeros((2, 2)), 0.0, 1.0)
+    yield measure(loss, case, grad_of(call), by_logits, np.zeros((2, 2)), 0.0, 1.0)
 
 
 def _every_output(loss: Loss) -> Iterator[Measure]:
     g, h = np.array([1.0, -0.5, 0.25, 2.0, -1.5]), np.array([0.5, 3.0, -1.0, 0.0, 0.25])
     case = normal(5, 37).and_then(f"g, h = {literal(g)}, {literal(h)}")
-    arrays, position = loss.arrays(case), loss.position
+    arrays = loss.arrays(case)
 
     def total(z: Array) -> Array:
-        losses, aux = loss.fn(*arrays[:position], z, *arrays[position + 1 :], return_aux=True)
+        losses, aux = loss.fn(*loss.at_logits(arrays, z), return_aux=True)
         return jnp.sum(g * losses) + jnp.sum(h * aux[0])
 
-    exact = case.exact()
+    exact = case.exact
     want = g[:, None] * exact.by_logits + h[:, None] * exact.softmax
     outputs = loss.call(return_aux=True)
-    call = f"jax.grad(lambda logits: (lambda x, aux: g @ x + h @ aux[0])(*{outputs}))(logits)"
-    yield measure(loss, case, call, jax.grad(total)(arrays[position]), want, ORDINARY,
+    call = grad_of(f"(lambda x, aux: g @ x + h @ aux[0])(*{outputs})")
+    yield measure(loss, case, call, jax.grad(total)(arrays[loss.position]), want, ORDINARY,
                   largest_in_row(want))  # fmt: skip
 
 
@@ -433,7 +425,7 @@ def _half(dtype: str) -> Check:
             losses, by_logits = derivative(loss, case)
             says = f"the gradient has dtype {by_logits.dtype}, and the logits {dtype}"
             yield flag(loss, case, loss.call(), by_logits.dtype == case.logits.dtype, says)
-            exact, call = case.exact(), gradient_call(loss, case)
+            exact, call = case.exact, gradient_call(loss, case)
             yield measure(loss, case, loss.call(), losses, exact.loss, ORDINARY, 1.0)
             yield measure(loss, case, call, by_logits, exact.by_logits, HALF[dtype],
                           largest_in_row(exact.by_logits))  # fmt: skip
@@ -453,19 +445,16 @@ def _double(loss: Loss) -> Iterator[Measure]:
 
 def _function(loss: Loss, case: Case, **options: Any) -> tuple[Callable[..., Array], Array]:
     """The losses as a function of the logits, and the logits."""
-    arrays, position = loss.arrays(case), loss.position
-    return (
-        lambda z: loss.each(*arrays[:position], z, *arrays[position + 1 :], **options),
-        arrays[position],
-    )
+    arrays = loss.arrays(case)
+    return lambda z: loss.each(*loss.at_logits(arrays, z), **options), arrays[loss.position]
 
 
 def _jit(loss: Loss) -> Iterator[Measure]:
     case = normal(5, 37)
     fn, z = _function(loss, case)
     yield measure(loss, case, f"jax.jit(lambda logits: {loss.call()})(logits)", jax.jit(fn)(z),
-                  case.exact().loss, ORDINARY)  # fmt: skip
-    want = case.exact().by_logits
+                  case.exact.loss, ORDINARY)  # fmt: skip
+    want = case.exact.by_logits
     got = jax.jit(jax.grad(lambda z: jnp.sum(fn(z))))(z)
     call = f"jax.jit(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)"
     yield measure(loss, case, call, got, want, ORDINARY, np.abs(want).max())
@@ -474,7 +463,7 @@ def _jit(loss: Loss) -> Iterator[Measure]:
 def _vmap(loss: Loss) -> Iterator[Measure]:
     """Over examples, in both orders with `jax.grad`."""
     case = normal(5, 37)
-    exact = case.exact()
+    exact = case.exact
     logits, labels = jnp.asarray(case.logits), jnp.asarray(case.labels)
 
     def one(z: Array, y: Array) -> Array:
@@ -497,7 +486,7 @@ def _vmap(loss: Loss) -> Iterator[Measure]:
 
 
 def _hessian_of(case: Case) -> np.ndarray:
-    o = case.exact().softmax[0]
+    o = case.exact.softmax[0]
     return np.diag(o) - np.outer(o, o)
 
 
@@ -510,11 +499,11 @@ def _hessian(loss: Loss) -> Iterator[Measure]:
 
 
 def _forward_mode(loss: Loss) -> Iterator[Measure]:
-    options = {"forward_mode": True} if "forward_mode" in loss.options else {}
+    options: dict[str, Any] = {"forward_mode": True} if "forward_mode" in loss.options else {}
     tangent = np.resize(np.array([1.0, -0.5, 0.25, 2.0], np.float32), (3, 5))
     case = normal(3, 5).and_then(f"tangent = np.resize({literal(tangent[0, :4])}, (3, 5))")
     fn, z = _function(loss, case, **options)
-    exact = case.exact()
+    exact = case.exact
     _, got = jax.jvp(fn, (z,), (jnp.asarray(tangent),))
     call = f"jax.jvp(lambda logits: {loss.call(**options)}, (logits,), (tangent,))[1]"
     yield measure(loss, case, call, got, (exact.by_logits * tangent).sum(-1), ORDINARY, 1.0)
@@ -528,14 +517,14 @@ def _forward_mode(loss: Loss) -> Iterator[Measure]:
 def _checkpoint_and_scan(loss: Loss) -> Iterator[Measure]:
     case = normal(4, 37)
     fn, z = _function(loss, case)
-    want = 3 * case.exact().by_logits
+    want = 3 * case.exact.by_logits
 
     def total(z: Array) -> Array:
         step = jax.checkpoint(lambda total, _: (total + jnp.sum(fn(z)), None))
         return jax.lax.scan(step, jnp.zeros((), jnp.float32), None, length=3)[0]
 
     step = f"jax.checkpoint(lambda total, _: (total + jnp.sum({loss.call()}), None))"
-    call = f"jax.grad(lambda logits: jax.lax.scan({step}, 0.0, None, length=3)[0])(logits)"
+    call = grad_of(f"jax.lax.scan({step}, 0.0, None, length=3)[0]")
     got = jax.jit(jax.grad(total))(z)
     yield measure(loss, case, call, got, want, ORDINARY, np.abs(want).max())
 
@@ -559,19 +548,18 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
         "mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))  # on two devices",
         f"loss = jax.shard_map(loss, mesh=mesh, in_specs={specs}, out_specs={split})",
     )
-    arrays, position = loss.arrays(case), loss.position
+    arrays = loss.arrays(case)
     fn = jax.shard_map(loss.raw, mesh=mesh, in_specs=specs, out_specs=split)
 
     def total(z: Array) -> Array:
-        return jnp.sum(g * fn(*arrays[:position], z, *arrays[position + 1 :]))
+        return jnp.sum(g * fn(*loss.at_logits(arrays, z)))
 
-    exact = case.exact()
+    exact = case.exact
     want = wide(g)[:, None] * exact.by_logits
-    got, by_logits = jax.jit(jax.value_and_grad(total))(arrays[position])
+    got, by_logits = jax.jit(jax.value_and_grad(total))(arrays[loss.position])
     call = f"jnp.sum(g * {loss.call()})"
     yield measure(loss, case, call, got, (wide(g) * exact.loss).sum(), ORDINARY, 1.0)
-    call = f"jax.grad(lambda logits: {call})(logits)"
-    yield measure(loss, case, call, by_logits, want, ORDINARY, np.abs(want).max())
+    yield measure(loss, case, grad_of(call), by_logits, want, ORDINARY, np.abs(want).max())
 
 
 # -- memory and errors --------------------------------------------------------------------------------
@@ -618,31 +606,28 @@ def _head_memory(loss: Loss) -> Iterator[Measure]:
 
 
 def _bad_input(loss: Loss) -> Iterator[Measure]:
-    good = normal(3, 5)
+    *_, logits, labels = loss.arrays(normal(3, 5))
     bad = {
-        "labels for four examples, logits of three": Case(good.logits, np.zeros(4, np.int32)),
-        "labels of shape (3, 1)": Case(good.logits, np.zeros((3, 1), np.int32)),
-        "integer logits": Case(np.ones((3, 5), np.int32), good.labels),
+        "labels for four examples, logits of three": (
+            logits,
+            jnp.zeros((4, *labels.shape[1:]), labels.dtype),
+        ),
+        "labels of shape (3, 1)": (logits, jnp.zeros((3, 1), labels.dtype)),
+        "integer logits": (jnp.ones((3, 5), jnp.int32), labels),
     }
     if loss.kind != "dense":
-        bad["float labels"] = Case(good.logits, np.zeros(3, np.float32))
-        bad["bool labels"] = Case(good.logits, np.zeros(3, bool))
-    for what, case in bad.items():
-        arrays = [jnp.asarray(case.logits), jnp.asarray(case.labels)]
-        if loss.kind == "dense" and what.startswith("labels"):
-            arrays[1] = jnp.zeros((*case.labels.shape, 5)[:2] if case.labels.ndim == 1 else (3, 1))
-        if loss.kind == "dense" and what == "integer logits":
-            arrays[1] = jnp.asarray(one_hot(case.labels, 5))
-        if loss.kind == "linear":
-            arrays.insert(0, jnp.eye(3, dtype=arrays[0].dtype))
+        bad["float labels"] = logits, labels.astype(jnp.float32)
+        bad["bool labels"] = logits, labels > 0
+    for what, (logits, labels) in bad.items():
+        state = (jnp.eye(3, dtype=logits.dtype),) if loss.kind == "linear" else ()
+        arrays = (*state, logits, labels)
         try:
             loss.raw(*arrays)
         except Exception:
             continue  # whatever it is, it is loud
         shown = ", ".join(literal(np.asarray(x)) for x in arrays)
         says = f"{what}: accepted, where an error is due"
-        lines = [loss.source, f"loss({shown})  # {says}"]
-        yield Measure(np.inf, 0.0, "\n".join(lines), says)
+        yield Measure(np.inf, 0.0, f"{loss.source}\nloss({shown})  # {says}", says)
 
 
 # -- the list -----------------------------------------------------------------------------------------

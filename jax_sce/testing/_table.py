@@ -8,15 +8,6 @@ from ._conformance import FAIL, PASS, Report, Result
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LEAST_WIDTH = 120  # a pipe has none of its own
-
-
-def make_console() -> "Console":
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=_LEAST_WIDTH, highlight=False)
-
 
 def print_report(console: "Console", report: Report) -> None:
     """Of one loss: each promise, and how each broken one is reproduced."""

@@ -38,9 +38,7 @@ class Case:
     logits: np.ndarray
     labels: np.ndarray
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    recipe: str = (
-        ""  # Python for `logits` and `labels`; empty if they are short enough to be written
-    )
+    recipe: str = ""  # Python for the arrays; empty if they are to be written down
 
     @property
     def targets(self) -> np.ndarray:
@@ -49,6 +47,7 @@ class Case:
             return wide(self.labels)
         return one_hot(self.labels, self.logits.shape[-1])
 
+    @functools.cached_property
     def exact(self) -> Exact:
         known = ("label_smoothing", "class_weights", "z_loss", "softcap")
         return exact(
@@ -83,32 +82,36 @@ def rows(*logits: Any, labels: Any = 0, dtype: Any = np.float32) -> Case:
 
 def normal(n: int, v: int, *, seed: int = 0, dtype: str = "float32") -> Case:
     """Logits of standard deviation 2.5, so small that every class counts."""
-    recipe = (
-        f"draw = np.random.default_rng({seed})\n"
-        f"logits = (2.5 * draw.standard_normal(({n}, {v}))).astype(jnp.{dtype})\n"
-        f"labels = draw.integers({v}, size={n}, dtype=np.int32)"
-    )
-    return _made(recipe)
+    return _drawn(n, v, seed, dtype, f"draw.integers({v}, size={n}, dtype=np.int32)")
 
 
-def distributions(n: int, v: int, *, seed: int = 0, dtype: str = "float32") -> Case:
+def distributions(n: int, v: int) -> Case:
     """The same with targets that do not sum to one, of either sign."""
-    recipe = (
-        f"draw = np.random.default_rng({seed})\n"
-        f"logits = (2.5 * draw.standard_normal(({n}, {v}))).astype(jnp.{dtype})\n"
-        f"labels = draw.uniform(-0.5, 1, ({n}, {v})).astype(jnp.{dtype})"
-    )
-    return _made(recipe)
+    return _drawn(n, v, 0, "float32", f"draw.uniform(-0.5, 1, ({n}, {v})).astype(jnp.float32)")
 
 
 @functools.lru_cache(maxsize=32)
-def _made(recipe: str) -> Case:
-    names: dict[str, Any] = {"np": np, "jnp": jnp}
-    exec(recipe, names)  # our own lines: what is shown is what is run
+def _drawn(n: int, v: int, seed: int, dtype: str, labels: str) -> Case:
+    recipe = (
+        f"draw = np.random.default_rng({seed})\n"
+        f"logits = (2.5 * draw.standard_normal(({n}, {v}))).astype(jnp.{dtype})\n"
+        f"labels = {labels}"
+    )
+    names = run(recipe)
     return Case(names["logits"], names["labels"], recipe=recipe)
 
 
+def run(lines: str) -> dict[str, Any]:
+    """The names that our own lines of Python define: what is shown is what is run."""
+    names: dict[str, Any] = {"np": np, "jnp": jnp}
+    exec(lines, names)
+    return names
+
+
 # -- the loss -----------------------------------------------------------------------------------------
+
+
+_IDENTITY = "jnp.eye(len(labels), dtype=logits.dtype)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Loss:
             )
         if jnp.shape(out) == (3,):
             return loss
-        total = float(case.exact().loss.sum())
+        total = float(case.exact.loss.sum())
         is_mean = abs(3 * float(out) - total) < abs(float(out) - total)
         return dataclasses.replace(loss, reduces="mean" if is_mean else "sum")
 
@@ -161,6 +164,10 @@ class Loss:
         """That of the logits among what it is called with."""
         return 1 if self.kind == "linear" else 0
 
+    def at_logits(self, arrays: tuple[Array, ...], logits: Array) -> tuple[Array, ...]:
+        """The arrays, with other logits."""
+        return replaced(arrays, self.position, logits)
+
     def raw(self, *arrays: Array, **options: Any) -> Array:
         return jnp.asarray(self.fn(*arrays, **options))
 
@@ -176,12 +183,15 @@ class Loss:
             one_by_one.append(self.raw(*single, **options))
         return jnp.stack(one_by_one)
 
-    def call(self, **options: Any) -> str:
+    def call(self, *, state: str = _IDENTITY, **options: Any) -> str:
+        """In Python, with those hidden states if it is of a head."""
         keywords = "".join(f", {k}={_shown(k, x)}" for k, x in options.items())
-        arguments = "logits, labels"
-        if self.kind == "linear":
-            arguments = "jnp.eye(len(labels), dtype=logits.dtype), logits, labels"
-        return f"loss({arguments}{keywords})"
+        hidden = f"{state}, " if self.kind == "linear" else ""
+        return f"loss({hidden}logits, labels{keywords})"
+
+
+def replaced(arrays: tuple[Array, ...], position: int, x: Array) -> tuple[Array, ...]:
+    return (*arrays[:position], x, *arrays[position + 1 :])
 
 
 def _shown(name: str, x: Any) -> str:
@@ -267,7 +277,7 @@ def derivative(
     arrays = loss.arrays(case)
 
     def losses(x: Array) -> Array:
-        return loss.each(*arrays[:position], x, *arrays[position + 1 :], **case.options)
+        return loss.each(*replaced(arrays, position, x), **case.options)
 
     value, pull = jax.vjp(losses, arrays[position])
     g = np.ones(value.shape) if g is None else g
@@ -276,7 +286,11 @@ def derivative(
 
 def gradient_call(loss: Loss, case: Case, g: Any = None, by: str = "logits") -> str:
     total = loss.call(**case.options) + ("" if g is None else f" * {literal(g)}")
-    return f"jax.grad(lambda {by}: jnp.sum({total}))({by})"
+    return grad_of(f"jnp.sum({total})", by)
+
+
+def grad_of(call: str, by: str = "logits") -> str:
+    return f"jax.grad(lambda {by}: {call})({by})"
 
 
 def answers(
@@ -286,17 +300,16 @@ def answers(
     scale: Any = None,
     *,
     gradient_bound: Any = ORDINARY,
-    gradient_scale: Any = None,
+    by_element: bool = False,
     g: Any = None,
 ) -> Iterator[Measure]:
     """The losses against the exact ones, relative to themselves, and the gradient of `g . losses` by the
-    logits, relative to the largest of each row."""
+    logits, relative to the largest of each row or to each element."""
     losses, by_logits = derivative(loss, case, g)
-    exact = case.exact()
+    exact = case.exact
     yield measure(loss, case, loss.call(**case.options), losses, exact.loss, bound, scale)
     want = exact.by_logits if g is None else wide(g)[:, None] * exact.by_logits
-    if gradient_scale is None:
-        gradient_scale = largest_in_row(want)
+    gradient_scale = None if by_element else largest_in_row(want)
     call = gradient_call(loss, case, g)
     yield measure(loss, case, call, by_logits, want, gradient_bound, gradient_scale)
 
