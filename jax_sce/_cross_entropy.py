@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _checks, _rows
+from ._label_check import checked, is_class
 from ._reduction import REDUCTIONS, both, reduce_losses, times
 from ._rows import Rows, Statistics, Targets
 
@@ -156,7 +157,8 @@ def softmax_cross_entropy_with_integer_labels(
       The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN, with a gradient of NaN in
       that row alone, for a label outside [0, V) (-1 too), and for a row of logits that are all -inf, or
       of which one is +inf or NaN (after the soft-cap). A logit of -inf is an absent class, and costs
-      +inf as the label.
+      +inf as the label. Under `jax.experimental.checkify.checkify` with user checks, the first label
+      outside [0, V) is an error that tells it and its position.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -236,7 +238,7 @@ def _of_labels(
 ) -> Array:
     view, options = _view(logits, axes, where, options)
     options = options.ignoring(labels, ignore_index)
-    index = class_index(labels, view.rows.num_classes)
+    index = class_index(labels, view.rows.num_classes, options)
     loss = label_losses(view, index, options, forward_mode).loss
     return reduce_losses(loss, label_weights(index, options, loss.dtype), reduction)
 
@@ -369,11 +371,10 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
 
 
-def class_index(labels: Array, num_classes: int) -> Array:
-    """Labels as int32, -1 for those outside [0, V). Compared in their own dtype, so nothing wraps."""
-    good = labels >= 0
-    if num_classes <= jnp.iinfo(labels.dtype).max:
-        good &= labels < jnp.asarray(num_classes, labels.dtype)
+def class_index(labels: Array, num_classes: int, options: Options) -> Array:
+    """Labels as int32, -1 for those outside [0, V)."""
+    labels = checked(labels, num_classes, options.counts)
+    good = is_class(labels, num_classes)
     return jnp.where(good, jnp.where(good, labels, 0).astype(jnp.int32), -1)
 
 

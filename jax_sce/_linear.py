@@ -137,9 +137,10 @@ def linear_softmax_cross_entropy(
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
-      of it and the aux. Bad labels and logits give NaN as in the losses on logits. The gradients come in
-      the dtypes of their arguments, and are accumulated in float32. (float16 has too short a range for
-      gradients whose scale is not known: there "mean" and "sum" compute the logits once more, too.)
+      of it and the aux. Bad labels and logits give NaN as in the losses on logits, and `checkify` names
+      bad labels as there. The gradients come in the dtypes of their arguments, and are accumulated in
+      float32. (float16 has too short a range for gradients whose scale is not known: there "mean" and
+      "sum" compute the logits once more, too.)
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -201,7 +202,7 @@ def linear_softmax_cross_entropy(
     )
     if has_ids:
         options = options.ignoring(labels, ignored)
-        labels = _cross_entropy.class_index(labels, num_classes)
+        labels = _cross_entropy.class_index(labels, num_classes, options)
 
     head = _Head(
         kernel.astype(dtype),
@@ -477,9 +478,11 @@ def _gradients(
         return lax.fori_loop(0, count, lambda i, carry: add(start + i * size, size, carry), carry)
 
     carry = _nothing(head, plan.shape), of_head, of_examples
-    if live is None:
+    if plan.chunks == 0:
+        pass
+    elif live is None:
         carry = add_chunks(plan.chunks, 0, plan.chunk, carry)
-    elif plan.chunks > 0:  # whole chunks, and the rest in quarters
+    else:  # whole chunks, and the rest in quarters
         whole, quarter = most // plan.chunk, math.ceil(plan.chunk / 4)
         done = whole * plan.chunk
         carry = add_chunks(whole, 0, plan.chunk, carry)

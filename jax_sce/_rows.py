@@ -192,7 +192,8 @@ def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     if axes == (x.ndim - 1,):
         return x
     batch = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    return x.transpose(batch + axes).reshape(*(x.shape[axis] for axis in batch), -1)
+    num_classes = math.prod(x.shape[axis] for axis in axes)
+    return x.transpose(batch + axes).reshape(*(x.shape[axis] for axis in batch), num_classes)
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -277,7 +278,7 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
         )
         return Statistics(highest, tail + (highest - highest))  # NaN if infinite
 
-    blocks = logits.reshape(*logits.shape[:-1], -1, width)
+    blocks = logits.reshape(*logits.shape[:-1], num_classes // width, width)
     # Of the logits as they are stored, for to widen them here would be a second reader; a soft-cap keeps
     # their order. The barrier keeps XLA from taking the maximum of maxima by reading all the row again.
     maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))

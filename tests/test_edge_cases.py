@@ -336,6 +336,21 @@ def test_the_cotangent_of_a_distribution_at_an_absent_class_is_infinite():
         np.testing.assert_allclose(gradient[::2], [at_top, at_top + 1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_an_absent_class_costs_nothing_without_a_weight_or_without_a_target(forward_mode):
+    """And its derivative by the one of the two that is not zero is zero."""
+    logits = np.array([1.0, -INF, 0.0], np.float32)
+
+    def loss(targets, class_weights):
+        return DENSE(logits, targets, class_weights=class_weights, forward_mode=forward_mode)
+
+    some, none = jnp.array([0.5, 0.2, 0.3]), jnp.array([0.5, 0.0, 0.3])
+    for arguments, want in (((some, none), (0.0, INF)), ((none, some), (INF, 0.0))):
+        value, gradients = jax.value_and_grad(loss, (0, 1))(*arguments)
+        assert np.isfinite(value)
+        assert tuple(gradient[1] for gradient in gradients) == want
+
+
 @pytest.mark.parametrize("how", ["-inf", "where", "nothing left"])
 def test_options_have_finite_derivatives_where_classes_are_absent(how):
     logits, where = logits_with()[:2], np.ones((2, V), bool)
@@ -393,11 +408,15 @@ def test_a_mean_over_nothing_is_zero_with_a_gradient_of_zero(kind, reason):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_no_rows_give_no_losses(kind):
-    labels = np.zeros((0, 3) if kind == "integer" else (0, 3, V), np.int32)
-    losses, pull = jax.vjp(lambda z: BOTH[kind](z, labels), jnp.zeros((0, 3, V)))
-    assert losses.shape == (0, 3)
-    assert pull(losses)[0].shape == (0, 3, V)
+@pytest.mark.parametrize("axis", [-1, 0, (0, -1)])
+@pytest.mark.parametrize("v", [V, 1000, 1009])  # at once, in blocks, and in blocks and a rest
+def test_no_rows_give_no_losses(kind, axis, v):
+    shape = {-1: (0, 3, v), 0: (v, 3, 0), (0, -1): (v, 0, 2)}[axis]
+    batch = (0,) if axis == (0, -1) else tuple(size for size in shape if size != v)
+    labels = np.zeros(batch if kind == "integer" else shape, np.int32)
+    losses, pull = jax.vjp(lambda z: BOTH[kind](z, labels, axis), jnp.zeros(shape))
+    assert losses.shape == batch
+    assert pull(losses)[0].shape == shape
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -244,10 +244,11 @@ def test_examples_of_any_rank(shape, kind, x64):
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("ignore_index", [None, 1])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_no_examples(reduction):
+def test_no_examples(reduction, ignore_index):
     arguments = arrays((0, 3), D, V, np.float32)
-    fn = functools.partial(head, reduction=reduction, return_aux=True, ignore_index=1)
+    fn = functools.partial(head, reduction=reduction, return_aux=True, ignore_index=ignore_index)
     (loss, aux), pull = jax.vjp(
         lambda h, k: fn(h, k, arguments["labels"]), arguments["hidden"], arguments["kernel"]
     )
@@ -869,6 +870,14 @@ def test_the_kernel_is_not_copied_and_has_one_accumulator(tied, copies, reductio
     assert held <= accumulators + copies + 0.5
 
 
+def test_a_16_bit_kernel_is_not_widened_for_the_gradient_of_the_hidden_states():
+    n, d, v = 64, 256, 8192
+    at = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((n, d), (d, v))]
+    gradient = jax.jit(jax.grad(functools.partial(head, reduction="mean", chunk_size=32)))
+    compiled = gradient.lower(*at, jax.ShapeDtypeStruct((n,), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * d * v
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_loss_alone_holds_a_chunk_of_values(dtype):
     n, d, v = LARGE
@@ -1156,9 +1165,13 @@ def test_inside_shard_map_over_the_batch():
     assert "all-reduce(" not in before  # not in the loop over the chunks
 
 
-@pytest.mark.parametrize("kernel_spec", [P(), P(None, "model")], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    ("examples_spec", "kernel_spec"),
+    [(P("data", "model"), P()), (P("data"), P(None, "model"))],
+    ids=["whole", "split"],
+)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_on_a_mesh_with_explicit_axes(reduction, kernel_spec):
+def test_on_a_mesh_with_explicit_axes(reduction, examples_spec, kernel_spec):
     n, d, v = (16, 4), 8, 40
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     arguments = arrays(n, d, v, np.float32)
@@ -1174,10 +1187,13 @@ def test_on_a_mesh_with_explicit_axes(reduction, kernel_spec):
     want = [fn(*at) for fn in of(naive, arguments["labels"])]
     with jax.set_mesh(mesh):
         hidden, labels = (
-            jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (at[0], arguments["labels"])
+            jax.device_put(x, NamedSharding(mesh, examples_spec))
+            for x in (at[0], arguments["labels"])
         )
         kernel = jax.device_put(at[1], NamedSharding(mesh, kernel_spec))
         got = [fn(hidden, kernel) for fn in of(head, labels)]
-    assert jax.typeof(got[0]).sharding.spec == (P("data", None) if reduction == "none" else P())
-    assert jax.typeof(got[1][0]).sharding.spec == P("data", None, None)
+    of_examples = (*examples_spec, None, None)
+    of_loss = P(*of_examples[:2]) if reduction == "none" else P()
+    assert jax.typeof(got[0]).sharding.spec == of_loss
+    assert jax.typeof(got[1][0]).sharding.spec == P(*of_examples[:3])
     assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-5)

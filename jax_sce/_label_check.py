@@ -1,0 +1,83 @@
+"""Labels outside [0, V), found at run time: what `jax.experimental.checkify` is to say of them.
+
+A bad label makes its loss NaN. Which label it was, `checkify.checkify(step, errors=user_checks)` tells.
+`checkify.check` would ask that every step be checkified, and `checkify.debug_check` leaves an effect in
+the program for which `jax.jit` dispatches each call by its slow path. So the labels pass through a
+primitive that does nothing, and checkify is given a rule for it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+
+def is_class(labels: Array, num_classes: int) -> Array:
+    """Which labels lie in [0, V). Compared in their own dtype, so nothing wraps."""
+    good = labels >= 0
+    if num_classes <= jnp.iinfo(labels.dtype).max:
+        good &= labels < jnp.asarray(num_classes, labels.dtype)
+    return good
+
+
+def checked(labels: Array, num_classes: int, counts: Array | None) -> Array:
+    """`labels`, [N...]. Of the examples in `counts`, or of all, checkify reports the first bad one."""
+    _register()
+    args = (labels,) if counts is None else (labels, counts)
+    return _checked.bind(*args, num_classes=num_classes)
+
+
+_checked = Primitive("checked_labels")
+_checked.def_impl(lambda labels, *counts, num_classes: labels)
+_checked.def_abstract_eval(lambda labels, *counts, num_classes: labels)
+mlir.register_lowering(_checked, lambda _, labels, *counts, num_classes: [labels])
+
+
+def _batch(args, dims, *, num_classes):
+    (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
+    args = [batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True)]
+    return _checked.bind(*args, num_classes=num_classes), 0
+
+
+batching.primitive_batchers[_checked] = _batch
+
+
+@functools.cache
+def _register() -> None:
+    """On first use, for checkify takes longer to import than all of this library. JAX has no public
+    registry of rules: if a later version has moved its own, bad labels are NaN still, and not named."""
+    from jax.experimental import checkify
+
+    try:
+        from jax._src.checkify import check_p, error_checks
+    except ImportError:
+        return
+
+    def rule(*args, num_classes):
+        # In some versions a context comes first.
+        arity = next(i for i, x in enumerate(args) if isinstance(x, frozenset)) + 1
+        context, (labels, *counts) = args[:arity], args[arity:]
+        run = checkify.checkify(_check, errors=checkify.user_checks)
+        error, _ = run(num_classes, labels, *counts)
+        leaves, tree = jax.tree.flatten(error)
+        merged, _ = error_checks[check_p](*context, *leaves, err_tree=tree, debug=True)
+        return merged, labels
+
+    error_checks[_checked] = rule
+
+
+def _check(num_classes: int, labels: Array, *counts: Array) -> None:
+    from jax.experimental import checkify
+
+    if labels.size == 0:
+        return
+    bad = ~is_class(labels, num_classes)
+    for mask in counts:
+        bad &= mask
+    first = jnp.unravel_index(jnp.argmax(bad), labels.shape)
+    at = f" at ({', '.join(['{}'] * labels.ndim)})" if labels.ndim else ""
+    message = f"labels must lie in [0, {num_classes}), got {{}}{at}"
+    checkify.check(~jnp.any(bad), message, jnp.asarray(labels)[first], *first)
