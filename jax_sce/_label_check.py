@@ -11,8 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 
 def is_class(labels: Array, num_classes: int) -> Array:
@@ -25,30 +23,36 @@ def is_class(labels: Array, num_classes: int) -> Array:
 
 def checked(labels: Array, num_classes: int, counts: Array | None) -> Array:
     """`labels`, [N...]. Of the examples in `counts`, or of all, checkify reports the first bad one."""
-    _register()
     args = (labels,) if counts is None else (labels, counts)
-    return _checked.bind(*args, num_classes=num_classes)
-
-
-_checked = Primitive("checked_labels")
-_checked.def_impl(lambda labels, *counts, num_classes: labels)
-_checked.def_abstract_eval(lambda labels, *counts, num_classes: labels)
-mlir.register_lowering(_checked, lambda _, labels, *counts, num_classes: [labels])
-
-
-def _batch(args, dims, *, num_classes):
-    (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
-    args = [batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True)]
-    return _checked.bind(*args, num_classes=num_classes), 0
-
-
-batching.primitive_batchers[_checked] = _batch
+    return _primitive().bind(*args, num_classes=num_classes)
 
 
 @functools.cache
-def _register() -> None:
-    """On first use, for checkify takes longer to import than all of this library. JAX has no public
-    registry of rules: if a later version has moved its own, bad labels are NaN still, and not named."""
+def _primitive():
+    """Made on first use: what it needs takes ten times as long to import as all of this library."""
+    from jax.extend.core import Primitive
+    from jax.interpreters import batching, mlir
+
+    def same(labels, *counts, num_classes):
+        return labels
+
+    def batch(args, dims, *, num_classes):
+        (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
+        args = [batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True)]
+        return primitive.bind(*args, num_classes=num_classes), 0
+
+    primitive = Primitive("checked_labels")
+    primitive.def_impl(same)
+    primitive.def_abstract_eval(same)
+    mlir.register_lowering(primitive, lambda _, labels, *counts, num_classes: [labels])
+    batching.primitive_batchers[primitive] = batch
+    _teach_checkify(primitive)
+    return primitive
+
+
+def _teach_checkify(primitive) -> None:
+    """JAX has no public registry of checkify's rules: if a later version has moved its own, bad labels
+    are NaN still, and not named."""
     from jax.experimental import checkify
 
     try:
@@ -66,7 +70,7 @@ def _register() -> None:
         merged, _ = error_checks[check_p](*context, *leaves, err_tree=tree, debug=True)
         return merged, labels
 
-    error_checks[_checked] = rule
+    error_checks[primitive] = rule
 
 
 def _check(num_classes: int, labels: Array, *counts: Array) -> None:

@@ -174,3 +174,16 @@ def test_the_persistent_cache_gives_the_same(tmp_path):
     )
     assert list((tmp_path / "cache").iterdir())
     assert first == second
+
+
+def test_importing_it_imports_little():
+    program = """
+import sys, jax
+before = set(sys.modules)
+import jax_sce
+print(*sorted({".".join(name.split(".")[:2]) for name in set(sys.modules) - before}))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    names = ended.stdout.split()
+    assert "jax_sce" in names, ended.stderr
+    assert [name for name in names if name.split(".")[0] != "jax_sce"] == []
