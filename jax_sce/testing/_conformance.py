@@ -9,7 +9,7 @@ import jax
 
 from .._command import check_known
 from ._promises import PROMISES, Promise
-from ._trial import Loss, NotApplicable
+from ._trial import Loss, NotApplicable, Raised, what_raised
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
@@ -25,7 +25,7 @@ class Result:
     bound: float | None = None
     detail: str = ""  # what came and what is right, what it raised, or why it does not apply
     broken: str = ""  # of one that fails: what that means for training
-    reproduce: str = ""  # of one that fails: lines of Python
+    reproduce: str = ""  # of one that fails: lines of Python, where a few will do
     documented: str = ""  # of one that fails: where its makers say that it is so
 
 
@@ -148,9 +148,10 @@ def _result(promise: Promise, loss: Loss, documented: Mapping[str, str]) -> Resu
         measures = list(promise.check(loss))
     except NotApplicable as reason:
         return result(NOT_APPLICABLE, detail=str(reason))
+    except Raised as error:
+        return failed(detail=str(error), reproduce=error.reproduce)
     except Exception as error:
-        raised = str(error).strip() or type(error).__name__
-        return failed(detail=f"raises {type(error).__name__}: {raised.splitlines()[0]}")
+        return failed(detail=what_raised(error))
     if not measures:
         return result(PASS)
     worst = max(measures, key=lambda measure: measure.excess)

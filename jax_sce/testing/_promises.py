@@ -24,6 +24,7 @@ from ._trial import (
     Measure,
     NotApplicable,
     answers,
+    calling,
     derivative,
     distributions,
     flag,
@@ -61,7 +62,8 @@ class Promise:
 
 def _values(loss: Loss) -> Iterator[Measure]:
     for case in (normal(7, 37), normal(2, 1000, seed=1)):
-        losses = loss.each(*loss.arrays(case))
+        with calling(loss, case, loss.call()):
+            losses = loss.each(*loss.arrays(case))
         want = case.exact.loss
         yield measure(loss, case, loss.call(), losses, want, ORDINARY, np.maximum(1, want))
 
@@ -87,7 +89,7 @@ def _targets(loss: Loss) -> Iterator[Measure]:
 def _target_gradients(loss: Loss) -> Iterator[Measure]:
     case = distributions(7, 37)
     g = np.resize([1.0, -0.5, 0.25], 7)
-    _, got = derivative(loss, case, g, position=1)
+    _, got = derivative(loss, case, g, by="labels")
     call = gradient_call(loss, case, g, by="labels")
     yield measure(loss, case, call, got, g[:, None] * case.exact.by_targets, ORDINARY)
 
@@ -120,7 +122,8 @@ def _head_gradients(loss: Loss) -> Iterator[Measure]:
         keywords = "".join(f", {k}={x!r}" for k, x in options.items())
         call = f"jnp.sum(loss(hidden, kernel, labels{keywords})"
         call += ")" if reduces else f" * np.resize([1.0, -0.5, 0.25, 2.0], {n}))"
-        got, (by_hidden, by_kernel) = jax.value_and_grad(total, (0, 1))(hidden, kernel)
+        with calling(loss, case, grad_of(call, "hidden, kernel", "(0, 1)")):
+            got, (by_hidden, by_kernel) = jax.value_and_grad(total, (0, 1))(hidden, kernel)
         size = (np.abs(g) * exact.loss).sum()
         yield measure(loss, case, call, got, (g * exact.loss).sum(), ORDINARY, size)
         by_logits = g[:, None] * exact.by_logits
@@ -167,10 +170,11 @@ def _uneven(loss: Loss) -> Iterator[Measure]:
         def total(z: Array, arrays: Any = arrays) -> Array:
             return jnp.sum(loss.raw(*loss.at_logits(arrays, z)))
 
-        got, by_logits = jax.value_and_grad(total)(arrays[loss.position])
+        call = f"jnp.sum({loss.call()})"
+        with calling(loss, case, grad_of(call)):
+            got, by_logits = jax.value_and_grad(total)(arrays[loss.position])
         exact = case.exact
         count = n if loss.reduces == "mean" else 1
-        call = f"jnp.sum({loss.call()})"
         yield measure(loss, case, call, got, exact.loss.sum() / count, ORDINARY)
         want = exact.by_logits / count
         yield measure(loss, case, grad_of(call), by_logits, want, ORDINARY, np.abs(want).max())
@@ -187,7 +191,8 @@ def _no_examples(loss: Loss) -> Iterator[Measure]:
     ))  # fmt: skip
     if loss.reduces:
         raise NotApplicable("it returns a mean or a sum only")
-    got = loss.raw(*loss.arrays(case))
+    with calling(loss, case, loss.call()):
+        got = loss.raw(*loss.arrays(case))
     yield flag(loss, case, loss.call(), got.shape == (0,), f"has shape {got.shape}, and it is (0,)")
 
 
@@ -230,12 +235,13 @@ def _bad_states(loss: Loss) -> Iterator[Measure]:
         with np.errstate(invalid="ignore"):
             exact = Case(hidden @ kernel, labels).exact
         case = _written(normal(3, 5), hidden=hidden, logits=kernel, labels=labels)
-        losses, by_hidden = map(wide, _by_hidden(loss, hidden, kernel, labels))
         call = loss.call(state="hidden")
+        by_hidden_call = grad_of(f"jnp.sum({call})", "hidden")
+        with calling(loss, case, by_hidden_call):
+            losses, by_hidden = map(wide, _by_hidden(loss, hidden, kernel, labels))
         yield measure(loss, case, call, losses, exact.loss, ORDINARY)
-        call = grad_of(f"jnp.sum({call})", "hidden")
         want = exact.by_logits @ wide(kernel).T
-        yield measure(loss, case, call, by_hidden[::2], want[::2], ORDINARY, 1.0)
+        yield measure(loss, case, by_hidden_call, by_hidden[::2], want[::2], ORDINARY, 1.0)
 
 
 def _by_hidden(loss: Loss, *arrays: np.ndarray) -> tuple[Array, Array]:
@@ -292,12 +298,13 @@ def _excused_state(loss: Loss, case: Case, rubbish: float) -> Iterator[Measure]:
     def total(hidden: Array, kernel: Array) -> Array:
         return jnp.sum(loss.each(hidden, kernel, labels, **case.options))
 
-    got = jax.grad(total, (0, 1))(jnp.asarray(hidden), jnp.asarray(kernel))
+    call = f"jnp.sum({loss.call(state='hidden', **case.options)})"
+    with calling(loss, case, grad_of(call, "hidden, logits", "(0, 1)")):
+        got = jax.grad(total, (0, 1))(jnp.asarray(hidden), jnp.asarray(kernel))
     by_hidden = np.insert(one.by_logits @ wide(kernel).T, 1, 0, axis=0)
     by_kernel = np.insert(one.by_logits, 1, 0, axis=0)
     for name, gradient, want in zip(("hidden", "logits"), got, (by_hidden, by_kernel), strict=True):
-        total_ = f"jnp.sum({loss.call(state='hidden', **case.options)})"
-        yield measure(loss, case, grad_of(total_, name), gradient, want, ORDINARY, 1.0)
+        yield measure(loss, case, grad_of(call, name), gradient, want, ORDINARY, 1.0)
 
 
 def _written(case: Case, **arrays: np.ndarray) -> Case:
@@ -323,8 +330,9 @@ def _masked_classes(loss: Loss) -> Iterator[Measure]:
     case = normal(3, 5)
     logits = case.logits.copy()
     logits[:, 2] = np.nan
-    where = np.array([[True, True, False, True, True]])
-    case = Case(logits, np.array([0, 1, 4], np.int32), {"where": np.repeat(where, 3, 0)})
+    where = np.repeat(np.array([[True, True, False, True, True]]), 3, 0)
+    case = Case(logits, np.array([0, 1, 4], np.int32), {"where": where})
+    case = case.and_then(f"where = {literal(where)}")
     without = Case(np.delete(logits, 2, 1), np.array([0, 1, 3], np.int32)).exact
     losses, by_logits = derivative(loss, case)
     yield measure(loss, case, loss.call(**case.options), losses, without.loss, ORDINARY)
@@ -376,8 +384,9 @@ def _mean(loss: Loss) -> Iterator[Measure]:
             options = {k: x for k, (x, _) in chosen.items()}
             weight = math.prod((x for _, x in chosen.values()), start=np.ones(n))
             want = (losses * weight).sum() / weight.sum()
-            got = loss.raw(*loss.arrays(case), reduction="mean", **options)
             call = loss.call(reduction="mean", **options)
+            with calling(loss, case, call):
+                got = loss.raw(*loss.arrays(case), reduction="mean", **options)
             yield measure(loss, case, call, got, want, ORDINARY)
 
 
@@ -391,9 +400,10 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
     options |= {"reduction": "mean"}
     case = rows([1.0, 0.0], [2.0, 3.0]).with_options(**options)
     call, arrays = loss.call(**options), loss.arrays(case)
-    got, by_logits = jax.value_and_grad(lambda z: loss.raw(*loss.at_logits(arrays, z), **options))(
-        arrays[loss.position]
-    )
+    with calling(loss, case, grad_of(call)):
+        got, by_logits = jax.value_and_grad(
+            lambda z: loss.raw(*loss.at_logits(arrays, z), **options)
+        )(arrays[loss.position])
     yield measure(loss, case, call, got, 0.0, 0.0, 1.0)
     yield measure(loss, case, grad_of(call), by_logits, np.zeros((2, 2)), 0.0, 1.0)
 
@@ -411,8 +421,9 @@ def _every_output(loss: Loss) -> Iterator[Measure]:
     want = g[:, None] * exact.by_logits + h[:, None] * exact.softmax
     outputs = loss.call(return_aux=True)
     call = grad_of(f"(lambda x, aux: g @ x + h @ aux[0])(*{outputs})")
-    yield measure(loss, case, call, jax.grad(total)(arrays[loss.position]), want, ORDINARY,
-                  largest_in_row(want))  # fmt: skip
+    with calling(loss, case, call):
+        got = jax.grad(total)(arrays[loss.position])
+    yield measure(loss, case, call, got, want, ORDINARY, largest_in_row(want))
 
 
 # -- dtypes -------------------------------------------------------------------------------------------
@@ -450,13 +461,21 @@ def _function(loss: Loss, case: Case, **options: Any) -> tuple[Callable[..., Arr
 
 
 def _jit(loss: Loss) -> Iterator[Measure]:
+    """Of all that it is called with."""
     case = normal(5, 37)
-    fn, z = _function(loss, case)
-    yield measure(loss, case, f"jax.jit(lambda logits: {loss.call()})(logits)", jax.jit(fn)(z),
-                  case.exact.loss, ORDINARY)  # fmt: skip
+    arrays = loss.arrays(case)
+
+    def total(*arrays: Array) -> Array:
+        return jnp.sum(loss.each(*arrays))
+
+    call = f"jax.jit(lambda logits, labels: {loss.call()})(logits, labels)"
+    with calling(loss, case, call):
+        losses = jax.jit(lambda *arrays: loss.each(*arrays))(*arrays)
+    yield measure(loss, case, call, losses, case.exact.loss, ORDINARY)
     want = case.exact.by_logits
-    got = jax.jit(jax.grad(lambda z: jnp.sum(fn(z))))(z)
-    call = f"jax.jit(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)"
+    call = f"jax.jit(jax.grad(lambda logits, labels: jnp.sum({loss.call()})))(logits, labels)"
+    with calling(loss, case, call):
+        got = jax.jit(jax.grad(total, loss.position))(*arrays)
     yield measure(loss, case, call, got, want, ORDINARY, np.abs(want).max())
 
 
@@ -476,12 +495,16 @@ def _vmap(loss: Loss) -> Iterator[Measure]:
     state = "jnp.ones((1, 1), z.dtype), " if loss.kind == "linear" else ""
     each = f"lambda z, y: jnp.sum(loss({state}z[None], y[None]))"
     call = f"jax.vmap({each})(logits, labels)"
-    yield measure(loss, case, call, jax.vmap(one)(logits, labels), exact.loss, ORDINARY)
+    with calling(loss, case, call):
+        got = jax.vmap(one)(logits, labels)
+    yield measure(loss, case, call, got, exact.loss, ORDINARY)
     call = f"jax.vmap(jax.grad({each}))(logits, labels)"
-    got = jax.vmap(jax.grad(one))(logits, labels)
+    with calling(loss, case, call):
+        got = jax.vmap(jax.grad(one))(logits, labels)
     yield measure(loss, case, call, got, exact.by_logits, ORDINARY, scale)
     call = f"jax.grad(lambda z: jnp.sum(jax.vmap({each})(z, labels)))(logits)"
-    got = jax.grad(lambda z: jnp.sum(jax.vmap(one)(z, labels)))(logits)
+    with calling(loss, case, call):
+        got = jax.grad(lambda z: jnp.sum(jax.vmap(one)(z, labels)))(logits)
     yield measure(loss, case, call, got, exact.by_logits, ORDINARY, scale)
 
 
@@ -493,8 +516,9 @@ def _hessian_of(case: Case) -> np.ndarray:
 def _hessian(loss: Loss) -> Iterator[Measure]:
     for case in (normal(1, 5), rows([4.0, 1.0, 4.0])):
         fn, z = _function(loss, case)
-        got = jax.jacrev(jax.grad(lambda z, fn=fn: jnp.sum(fn(z))))(z)[0, :, 0, :]
         call = f"jax.jacrev(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)"
+        with calling(loss, case, call):
+            got = jax.jacrev(jax.grad(lambda z, fn=fn: jnp.sum(fn(z))))(z)[0, :, 0, :]
         yield measure(loss, case, call, got, _hessian_of(case), ORDINARY, 1.0)
 
 
@@ -504,13 +528,15 @@ def _forward_mode(loss: Loss) -> Iterator[Measure]:
     case = normal(3, 5).and_then(f"tangent = np.resize({literal(tangent[0, :4])}, (3, 5))")
     fn, z = _function(loss, case, **options)
     exact = case.exact
-    _, got = jax.jvp(fn, (z,), (jnp.asarray(tangent),))
     call = f"jax.jvp(lambda logits: {loss.call(**options)}, (logits,), (tangent,))[1]"
+    with calling(loss, case, call):
+        _, got = jax.jvp(fn, (z,), (jnp.asarray(tangent),))
     yield measure(loss, case, call, got, (exact.by_logits * tangent).sum(-1), ORDINARY, 1.0)
     case = normal(1, 5)
     fn, z = _function(loss, case, **options)
-    got = jax.hessian(lambda z: jnp.sum(fn(z)))(z)[0, :, 0, :]
     call = f"jax.hessian(lambda logits: jnp.sum({loss.call(**options)}))(logits)"
+    with calling(loss, case, call):
+        got = jax.hessian(lambda z: jnp.sum(fn(z)))(z)[0, :, 0, :]
     yield measure(loss, case, call, got, _hessian_of(case), ORDINARY, 1.0)
 
 
@@ -525,7 +551,8 @@ def _checkpoint_and_scan(loss: Loss) -> Iterator[Measure]:
 
     step = f"jax.checkpoint(lambda total, _: (total + jnp.sum({loss.call()}), None))"
     call = grad_of(f"jax.lax.scan({step}, 0.0, None, length=3)[0]")
-    got = jax.jit(jax.grad(total))(z)
+    with calling(loss, case, call):
+        got = jax.jit(jax.grad(total))(z)
     yield measure(loss, case, call, got, want, ORDINARY, np.abs(want).max())
 
 
@@ -539,14 +566,16 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
         raise NotApplicable("it returns a mean or a sum only")
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2],
                          axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
-    split, whole = PartitionSpec("data"), PartitionSpec()
-    specs = (split, whole, split) if loss.kind == "linear" else (split, split)
+    split = PartitionSpec("data")
+    specs = (split, PartitionSpec(), split) if loss.kind == "linear" else (split, split)
+    shown = "split, PartitionSpec(), split" if loss.kind == "linear" else "split, split"
     g = np.resize(np.array([1.0, -0.5, 0.25, 2.0], np.float32), 6)
     case = normal(6, 37).and_then(
         f"g = np.resize({literal(g[:4])}, 6)",
         "from jax.sharding import AxisType, PartitionSpec",
         "mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))  # on two devices",
-        f"loss = jax.shard_map(loss, mesh=mesh, in_specs={specs}, out_specs={split})",
+        "split = PartitionSpec('data')",
+        f"loss = jax.shard_map(loss, mesh=mesh, in_specs=({shown}), out_specs=split)",
     )
     arrays = loss.arrays(case)
     fn = jax.shard_map(loss.raw, mesh=mesh, in_specs=specs, out_specs=split)
@@ -556,8 +585,9 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
 
     exact = case.exact
     want = wide(g)[:, None] * exact.by_logits
-    got, by_logits = jax.jit(jax.value_and_grad(total))(arrays[loss.position])
     call = f"jnp.sum(g * {loss.call()})"
+    with calling(loss, case, grad_of(call)):
+        got, by_logits = jax.jit(jax.value_and_grad(total))(arrays[loss.position])
     yield measure(loss, case, call, got, (wide(g) * exact.loss).sum(), ORDINARY, 1.0)
     yield measure(loss, case, grad_of(call), by_logits, want, ORDINARY, np.abs(want).max())
 

@@ -1,5 +1,6 @@
 """A loss on trial: called as a function of logits, whatever its signature, and its answers measured."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -26,6 +27,19 @@ TAKES = {
 
 class NotApplicable(Exception):
     """The promise does not concern this loss; the message says why."""
+
+
+class Raised(Exception):
+    """The loss raised where an answer is due; the message says what."""
+
+    def __init__(self, error: Exception, reproduce: str):
+        super().__init__(what_raised(error))
+        self.reproduce = reproduce  # lines of Python
+
+
+def what_raised(error: Exception) -> str:
+    raised = str(error).strip() or type(error).__name__
+    return f"raises {type(error).__name__}: {raised.splitlines()[0]}"
 
 
 # -- inputs -------------------------------------------------------------------------------------------
@@ -111,6 +125,7 @@ def run(lines: str) -> dict[str, Any]:
 # -- the loss -----------------------------------------------------------------------------------------
 
 
+_ARRAYS = ("hidden", "kernel", "logits", "labels")
 _IDENTITY = "jnp.eye(len(labels), dtype=logits.dtype)"
 
 
@@ -262,26 +277,37 @@ def flag(loss: Loss, case: Case, call: str, holds: bool, says: str) -> Measure:
     return Measure(0.0 if holds else np.inf, 0.0, reproduction(loss, case, call, says), says)
 
 
+@contextlib.contextmanager
+def calling(loss: Loss, case: Case, call: str) -> Iterator[None]:
+    """What raises within is reproduced by `call`."""
+    try:
+        yield
+    except Exception as error:
+        raise Raised(error, reproduction(loss, case, call, what_raised(error))) from error
+
+
 def reproduction(loss: Loss, case: Case, call: str, says: str) -> str:
     lines = [loss.source, *case.written()]
     if loss.kind == "dense" and case.labels.ndim < case.logits.ndim:
         lines.append("labels = np.eye(logits.shape[1], dtype=logits.dtype)[labels]")
+    made = [name for name in _ARRAYS if any(line.startswith(f"{name} = ") for line in lines)]
+    names = ", ".join(made)
+    lines.append(f"{names} = map(jnp.asarray, ({names}))")  # not all losses take NumPy's
     return "\n".join([*lines, f"print({call})  # {says}"])
 
 
-def derivative(
-    loss: Loss, case: Case, g: Any = None, position: int | None = None
-) -> tuple[Array, Array]:
+def derivative(loss: Loss, case: Case, g: Any = None, by: str = "logits") -> tuple[Array, Array]:
     """The losses, and the gradient of `g . losses` by the logits, or another of the arrays."""
-    position = loss.position if position is None else position
+    position = loss.position if by == "logits" else TAKES[loss.kind].index(by)
     arrays = loss.arrays(case)
 
     def losses(x: Array) -> Array:
         return loss.each(*replaced(arrays, position, x), **case.options)
 
-    value, pull = jax.vjp(losses, arrays[position])
-    g = np.ones(value.shape) if g is None else g
-    return value, pull(jnp.asarray(g, value.dtype))[0]
+    with calling(loss, case, gradient_call(loss, case, g, by)):
+        value, pull = jax.vjp(losses, arrays[position])
+        g = np.ones(value.shape) if g is None else g
+        return value, pull(jnp.asarray(g, value.dtype))[0]
 
 
 def gradient_call(loss: Loss, case: Case, g: Any = None, by: str = "logits") -> str:
@@ -289,8 +315,9 @@ def gradient_call(loss: Loss, case: Case, g: Any = None, by: str = "logits") -> 
     return grad_of(f"jnp.sum({total})", by)
 
 
-def grad_of(call: str, by: str = "logits") -> str:
-    return f"jax.grad(lambda {by}: {call})({by})"
+def grad_of(call: str, by: str = "logits", argnums: str = "0") -> str:
+    numbers = "" if argnums == "0" else f", {argnums}"
+    return f"jax.grad(lambda {by}: {call}{numbers})({by})"
 
 
 def answers(
