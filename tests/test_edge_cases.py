@@ -213,6 +213,12 @@ def test_a_bad_label_is_loud_though_a_class_weighs_nothing(smoothing, forward_mo
         np.testing.assert_array_equal(np.isnan(losses), [True, True, False])
 
 
+def test_the_first_label_that_is_no_class_is_loud_though_its_type_ends_there():
+    labels = np.array([126, 127], np.int8)
+    losses = INTEGER(np.zeros((2, 127), np.float32), labels, label_smoothing=0.1)
+    np.testing.assert_array_equal(np.isnan(losses), [False, True])
+
+
 # -- absent classes ------------------------------------------------------------------------------
 
 
@@ -323,6 +329,10 @@ def test_a_soft_cap_turns_minus_infinity_into_minus_the_cap(kind):
     gradient = jax.grad(BOTH[kind])(logits.astype(np.float32), labels, softcap=2.0)
     assert gradient[1] == 0.0
     assert np.isfinite(gradient).all()
+    by_cap = jax.grad(lambda cap: BOTH[kind](logits.astype(np.float32), labels, softcap=cap))(2.0)
+    slopes = np.array([np.tanh(0.5) - 0.5 / np.cosh(0.5) ** 2, -1.0, 0.0])  # of the capped logits
+    want = np.sum(np.exp(capped) * slopes) / np.sum(np.exp(capped)) + 1
+    np.testing.assert_allclose(by_cap, want, rtol=1e-6)
 
 
 def test_the_cotangent_of_a_distribution_at_an_absent_class_is_infinite():

@@ -537,6 +537,20 @@ def test_three_quarters_ignored_are_as_if_they_were_not_there(x64):
             np.testing.assert_array_equal(aux.log_normalizer[~live], 0.0)
 
 
+def test_places_of_a_chunk_behind_the_last_example_add_nothing(x64):
+    """Of eleven examples in one chunk ten count, which are worked off in quarters of three."""
+    weights = jnp.ones(11).at[0].set(0.0)
+    arguments = arrays(11, D, V, seed=73)
+
+    def gradients(loss, **static):
+        moving = {k: arguments[k] for k in ("hidden", "kernel")}
+        rest = {k: arguments[k] for k in ("labels", "bias")} | {"weights": weights}
+        return jax.grad(lambda moving: loss(**moving, **rest, reduction="sum", **static))(moving)
+
+    got, want = quick(lambda: (gradients(head, chunk_size=11), gradients(naive)))()
+    assert_close(got, want)
+
+
 # -- what went wrong elsewhere ---------------------------------------------------------------------
 
 
@@ -849,6 +863,7 @@ def test_a_chunk_is_large_enough_and_its_logits_are_bounded():
                     assert examples >= size.least
     plan = _chunks.plans(2048, 32000, None, False).cpu
     assert (plan.lanes * plan.chunk, plan.lanes * plan.chunk_of_values) == (256, 128)
+    assert _chunks.plans(256, 32000, None, False).cpu.chunks == 1
 
 
 @pytest.mark.parametrize(("reduction", "accumulators"), [("mean", 1), ("none", 1)])

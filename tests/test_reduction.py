@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sce._reduction import reduce_losses
+from jax_sce._reduction import reduce_losses, times
 
 
 def test_sum_and_mean():
@@ -25,3 +25,11 @@ def test_a_mean_over_no_weight_is_zero_and_so_are_its_derivatives(weights):
         np.testing.assert_array_equal(gradient, jnp.zeros(weights.shape))
     with jax.debug_nans(True), jax.debug_infs(True):
         jax.grad(reduce_losses)(losses, weights, "mean")
+
+
+def test_a_weight_of_zero_leaves_out_a_loss_of_infinity_and_nothing_else():
+    weights = jnp.array([0.0, 0.0, 0.0, 1.0, 2.0])
+    losses = jnp.array([jnp.inf, jnp.nan, 3.0, jnp.inf, 3.0])
+    np.testing.assert_array_equal(times(weights, losses), [0.0, jnp.nan, 0.0, jnp.inf, 6.0])
+    by_weights = jax.grad(lambda weights: times(weights, losses).sum())(weights)
+    np.testing.assert_array_equal(by_weights[jnp.array([0, 2, 4])], [0.0, 3.0, 3.0])

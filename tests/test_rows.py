@@ -126,6 +126,15 @@ def test_a_common_offset_costs_nothing(offset):
     assert_same(statistics(z), exact(z), rtol=_exponent_error(z - np.float32(offset)))
 
 
+@pytest.mark.parametrize("num_classes", [2, 512])
+def test_the_rounding_of_long_distances_is_not_in_the_tail(num_classes):
+    """The maximum is anywhere, and the others so far below it that the distances are rounded."""
+    top = rng(10).uniform(-40, 40, (500, 1))
+    z = np.concatenate([top, top - rng(11).uniform(20, 80, (500, num_classes - 1))], -1)
+    z = z.astype(np.float32)
+    assert_same(statistics(z), exact(z), rtol=TOLERANCE["loss"])
+
+
 @pytest.mark.parametrize("num_classes", [7, 256])
 @pytest.mark.parametrize("ties", [2, 3, 7])
 def test_ties_are_each_counted(num_classes, ties):
@@ -179,6 +188,12 @@ def test_rows_read_in_blocks_and_at_once_agree(dtype, softcap, num_classes):
     assert_same(jax.jit(_rows._statistics_in_blocks)(view), at_once, rtol=TOLERANCE["loss"])
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+def test_long_rows_of_any_rank(batch):
+    z = rng(12).normal(0, 5, (*batch, 1009)).astype(np.float32)
+    assert_same(statistics(z), exact(z), rtol=TOLERANCE["loss"])
+
+
 def test_the_log_normalizer_is_within_2_to_the_minus_22_of_the_larger_of_it_and_one():
     z = np.stack([scale * rng(5).normal(size=100) for scale in (1e-3, 1.0, 100.0)])
     z = np.concatenate([z, z - z.max(-1, keepdims=True), z + 1e6]).astype(np.float32)
@@ -195,8 +210,8 @@ def test_classes_on_several_axes_are_flattened_in_the_order_given():
 
 
 def test_statistics_differentiate_as_the_sum_of_exponentials_does(x64):
-    z = jnp.asarray(rng(7).normal(size=(2, 6)))
-    z_dot = jnp.asarray(rng(8).normal(size=(2, 6)))
+    z = jnp.asarray(rng(7).normal(size=(2, 3, 6)))
+    z_dot = jnp.asarray(rng(8).normal(size=(2, 3, 6)))
     stats, stats_dot = jax.jvp(statistics, (z,), (z_dot,))
     # d log S = o . dz, whatever part of it `max` and `tail` each carry.
     got = stats_dot.max + stats_dot.tail / (1 + stats.tail)
