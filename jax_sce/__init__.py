@@ -8,5 +8,6 @@ from ._linear import (
     CrossEntropyAux as CrossEntropyAux,
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
 )
+from ._sharded import shard as shard
 
 __version__ = "0.1.0"

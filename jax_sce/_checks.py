@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ._axis import AxisName
+
 
 def floating(name: str, x: ArrayLike) -> Array:
     """`x` as an array of floats, real and not complex."""
@@ -137,6 +139,23 @@ def positive_or_none(name: str, x: Any) -> int | None:
     if value is not None and value <= 0:
         raise ValueError(f"{name} must be above 0, got {value}")
     return value
+
+
+def axis_name(x: Any) -> AxisName:
+    """The name of a mesh axis, or several, that `jax.shard_map` splits its arguments over."""
+    if x is None:
+        return None
+    names = (x,) if isinstance(x, str) else x
+    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"axis_name must be the name of a mesh axis, several or None, got {x!r}")
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"axis_name must name an axis of the mesh inside jax.shard_map, got {name!r}"
+            ) from None
+    return x
 
 
 def _array(name: str, x: ArrayLike) -> Array:

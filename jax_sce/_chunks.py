@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _rows
+from ._axis import AxisName
 
 
 class Size(NamedTuple):
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     chunk: int  # c, at least 1
     chunk_of_values: int  # c where no gradient is computed
     with_prediction: bool
+    axis_name: AxisName  # over which the classes are split
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +72,11 @@ class Plans(NamedTuple):
 
 
 def plans(
-    num_examples: int, num_classes: int, chunk_size: int | None, with_prediction: bool
+    num_examples: int,
+    num_classes: int,
+    chunk_size: int | None,
+    with_prediction: bool,
+    axis_name: AxisName,
 ) -> Plans:
     lanes = math.gcd(num_examples, jax.device_count()) if num_examples else 1
     per_lane = num_examples // lanes
@@ -81,7 +87,7 @@ def plans(
 
     def plan(platform: str) -> Plan:
         chunk, values = per_chunk(GRADIENTS[platform]), per_chunk(VALUES[platform])
-        return Plan(lanes, per_lane, chunk, values, with_prediction)
+        return Plan(lanes, per_lane, chunk, values, with_prediction, axis_name)
 
     return Plans(plan("cpu"), plan("default"))
 

@@ -3,15 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from . import _checks, _rows
+from . import _axis, _checks, _rows
+from ._axis import AxisName
 from ._label_check import checked, is_class
 from ._reduction import REDUCTIONS, both, reduce_losses, times
 from ._rows import Rows, Statistics, Targets
@@ -29,6 +29,7 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
     reduction: str = "none",
+    axis_name: AxisName = None,
     forward_mode: bool = False,
 ) -> Array:
     r"""Softmax cross-entropy between logits and distributions over the classes.
@@ -59,6 +60,10 @@ def softmax_cross_entropy(
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
         that count, and 0 if there are none.
+      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
+        is the number of classes on this device, in the logits and in all that has classes, and the
+        loss is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
+        examples of this device.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -90,24 +95,22 @@ def softmax_cross_entropy(
     See also:
       `softmax_cross_entropy_with_integer_labels`, where each example has one class.
     """
-    logits = _checks.floating("logits", logits)
-    axes = _checks.class_axes(axis, logits.ndim)
-    labels = _checks.real("labels", labels)
-    _checks.shape("labels", labels, logits.shape)
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    forward_mode = _checks.flag("forward_mode", forward_mode)
-    options = check_options(
-        logits.dtype,
-        _rows_shape(logits, axes),
-        _checks.num_classes(logits, axes),
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        weights=weights,
-        z_loss=z_loss,
-        softcap=softcap,
+    return run(
+        *read_targets(
+            logits,
+            labels,
+            axis,
+            where,
+            reduction=reduction,
+            axis_name=axis_name,
+            forward_mode=forward_mode,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            weights=weights,
+            z_loss=z_loss,
+            softcap=softcap,
+        )
     )
-    where = _checks.boolean_or_none("where", where)
-    return _of_targets(logits, labels, where, options, axes, reduction, forward_mode)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -123,6 +126,7 @@ def softmax_cross_entropy_with_integer_labels(
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
     reduction: str = "none",
+    axis_name: AxisName = None,
     forward_mode: bool = False,
 ) -> Array:
     r"""Softmax cross-entropy between logits and the index of the right class.
@@ -150,6 +154,10 @@ def softmax_cross_entropy_with_integer_labels(
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
         `weights * class_weights[label]` of the examples that count, and 0 if there are none.
+      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
+        is the number of classes on this device, in the logits and in all that has classes, and the
+        loss is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
+        examples of this device.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -184,63 +192,121 @@ def softmax_cross_entropy_with_integer_labels(
     See also:
       `softmax_cross_entropy`, where the labels are distributions.
     """
+    return run(
+        *read_labels(
+            logits,
+            labels,
+            axis,
+            where,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            axis_name=axis_name,
+            forward_mode=forward_mode,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            weights=weights,
+            z_loss=z_loss,
+            softcap=softcap,
+        )
+    )
+
+
+# -- from the arguments to the loss -------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What is known when tracing."""
+
+    axes: tuple[int, ...]  # of the classes
+    ignore_index: int | None
+    reduction: str
+    forward_mode: bool
+    classes: AxisName  # the mesh axis over which the classes are split
+    batch: AxisName = None  # that of the examples, if a reduction is over all of them
+
+
+class Arguments(NamedTuple):
+    """The arrays, checked."""
+
+    logits: Array
+    labels: Array  # [N...], or the shape of the logits
+    where: Array | None  # bool, of the logits' rank: the classes to keep
+    options: "Options"
+
+    @property
+    def has_ids(self) -> bool:
+        return self.labels.ndim < self.logits.ndim
+
+
+def read_targets(
+    logits: ArrayLike, labels: ArrayLike, axis: Any, where: ArrayLike | None, **options: Any
+) -> tuple[Setting, Arguments]:
+    """The arguments of `softmax_cross_entropy`, by those names."""
+    logits = _checks.floating("logits", logits)
+    axes = _checks.class_axes(axis, logits.ndim)
+    labels = _checks.real("labels", labels)
+    _checks.shape("labels", labels, logits.shape)
+    return _read(logits, axes, labels, where, **options)
+
+
+def read_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Any,
+    where: ArrayLike | None,
+    *,
+    ignore_index: int | None,
+    **options: Any,
+) -> tuple[Setting, Arguments]:
+    """Those of `softmax_cross_entropy_with_integer_labels`."""
     logits = _checks.floating("logits", logits)
     axes = _checks.class_axes(axis, logits.ndim)
     labels = _checks.integers("labels", labels)
     _checks.shape("labels", labels, _rows_shape(logits, axes))
     ignored = _checks.integer_or_none("ignore_index", ignore_index)
+    return _read(logits, axes, labels, where, ignore_index=ignored, **options)
+
+
+def _read(
+    logits: Array,
+    axes: tuple[int, ...],
+    labels: Array,
+    where: ArrayLike | None,
+    *,
+    reduction: str,
+    axis_name: AxisName,
+    forward_mode: bool,
+    ignore_index: int | None = None,
+    **options: Any,
+) -> tuple[Setting, Arguments]:
     _checks.one_of("reduction", reduction, REDUCTIONS)
+    classes = _checks.axis_name(axis_name)
     forward_mode = _checks.flag("forward_mode", forward_mode)
-    options = check_options(
-        logits.dtype,
-        labels.shape,
-        _checks.num_classes(logits, axes),
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        weights=weights,
-        z_loss=z_loss,
-        softcap=softcap,
-    )
-    where = _checks.boolean_or_none("where", where)
-    return _of_labels(logits, labels, where, options, axes, ignored, reduction, forward_mode)
+    rows_shape, num_classes = _rows_shape(logits, axes), _checks.num_classes(logits, axes)
+    checked_options = check_options(logits.dtype, rows_shape, num_classes, **options)
+    kept, mask = _read_where(_checks.boolean_or_none("where", where), logits.shape, axes, classes)
+    if kept is not None:
+        checked_options = checked_options.keeping(kept)
+    setting = Setting(axes, ignore_index, reduction, forward_mode, classes)
+    return setting, Arguments(logits, labels, mask, checked_options)
 
 
-# Compiled as one where nothing else is; within another compilation, as if they were written there.
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "reduction", "forward_mode"), inline=True)
-def _of_targets(
-    logits: Array,
-    labels: Array,
-    where: Array | None,
-    options: "Options",
-    axes: tuple[int, ...],
-    reduction: str,
-    forward_mode: bool,
-) -> Array:
-    view, options = _view(logits, axes, where, options)
-    loss = target_losses(view, labels, axes, options, forward_mode).loss
-    return reduce_losses(loss, example_weights(options, loss.shape, loss.dtype), reduction)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("axes", "ignore_index", "reduction", "forward_mode"), inline=True
-)
-def _of_labels(
-    logits: Array,
-    labels: Array,
-    where: Array | None,
-    options: "Options",
-    axes: tuple[int, ...],
-    ignore_index: int | None,
-    reduction: str,
-    forward_mode: bool,
-) -> Array:
-    view, options = _view(logits, axes, where, options)
-    options = options.ignoring(labels, ignore_index)
-    index = class_index(labels, view.rows.num_classes, options)
-    loss = label_losses(view, index, options, forward_mode).loss
-    return reduce_losses(loss, label_weights(index, options, loss.dtype), reduction)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def run(setting: Setting, arguments: Arguments) -> Array:
+    """The loss. Compiled as one where nothing else is; within another compilation, as if it were written
+    there."""
+    logits, labels, where, options = arguments
+    view, options = _view(logits, where, options, setting)
+    if arguments.has_ids:
+        options = options.ignoring(labels, setting.ignore_index)
+        num_classes = view.rows.num_classes * _axis.size(setting.classes)
+        index = class_index(labels, num_classes, options)
+        loss = label_losses(view, index, options, setting.forward_mode).loss
+        weights = label_weights(index, options, setting.classes, loss.dtype)
+    else:
+        loss = target_losses(view, labels, setting.axes, options, setting.forward_mode).loss
+        weights = example_weights(options, loss.shape, loss.dtype)
+    return reduce_losses(loss, weights, setting.reduction, setting.batch)
 
 
 # -- options ------------------------------------------------------------------------------------------
@@ -324,42 +390,47 @@ class _View(NamedTuple):
 
     rows: Rows
     classes_kept: Array | None  # bool, [N... or 1..., V]
+    share: Array | None  # [N... or 1...], one over the number of classes kept in the row
 
 
-def logits_view(logits: Array, axes: tuple[int, ...], options: Options) -> _View:
+def logits_view(
+    logits: Array, axes: tuple[int, ...], axis_name: AxisName, options: Options
+) -> _View:
     """All classes are there."""
-    return _View(Rows(logits, None, options.softcap, axes), None)
+    return _View(Rows(logits, None, None, options.softcap, axes, axis_name), None, None)
 
 
 def _view(
-    logits: Array, axes: tuple[int, ...], where: Array | None, options: Options
+    logits: Array, where: Array | None, options: Options, setting: Setting
 ) -> tuple[_View, Options]:
+    axes, classes = setting.axes, setting.classes
     if where is None:
-        return logits_view(logits, axes, options), options
-    rows_shape = _rows_shape(logits, axes)
-    mask, is_of_classes = _read_where(where, logits.shape, rows_shape, axes)
-    if not is_of_classes:
-        return logits_view(logits, axes, options), options.keeping(mask)
+        return logits_view(logits, axes, classes, options), options
     # Expand the class axes alone: a mask that all examples share stays small.
-    sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(mask.shape)]
-    classes_kept = _rows.classes_last(jnp.broadcast_to(mask, sizes), axes)
-    kept = jnp.broadcast_to(jnp.any(classes_kept, axis=-1), rows_shape)
-    return _View(Rows(logits, mask, options.softcap, axes), classes_kept), options.keeping(kept)
+    sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(where.shape)]
+    classes_kept = _rows.classes_last(jnp.broadcast_to(where, sizes), axes)
+    count = _axis.total(classes, jnp.sum(classes_kept, axis=-1, dtype=jnp.int32))
+    kept = jnp.broadcast_to(count > 0, _rows_shape(logits, axes))
+    share = 1 / jnp.maximum(count, 1).astype(_rows.compute_dtype(logits.dtype))
+    rows = Rows(logits, where, count > 0, options.softcap, axes, classes)
+    return _View(rows, classes_kept, share), options.keeping(kept)
 
 
 def _read_where(
-    where: Array,
-    logits_shape: tuple[int, ...],
-    rows_shape: tuple[int, ...],
-    axes: tuple[int, ...],
-) -> tuple[Array, bool]:
-    """`where` as a mask of examples, [N...], or of classes, of the logits' rank; and if it is that."""
-    if where.ndim == len(logits_shape) and all(where.shape[axis] == 1 for axis in axes):
+    where: Array | None, logits_shape: tuple[int, ...], axes: tuple[int, ...], classes: AxisName
+) -> tuple[Array | None, Array | None]:
+    """`where` as a mask of examples, [N...], or as one of classes, of the logits' rank."""
+    if where is None:
+        return None, None
+    rows_shape = tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
+    # Where the classes are split, there may be just one on each device.
+    is_of_rows = classes is None and where.ndim == len(logits_shape)
+    if is_of_rows and all(where.shape[axis] == 1 for axis in axes):
         where = where.squeeze(axes)
     if where.ndim < len(logits_shape) and _broadcasts(where.shape, rows_shape):
-        return jnp.broadcast_to(where, rows_shape), False
+        return jnp.broadcast_to(where, rows_shape), None
     if _broadcasts(where.shape, logits_shape):
-        return where.reshape((1,) * (len(logits_shape) - where.ndim) + where.shape), True
+        return None, where.reshape((1,) * (len(logits_shape) - where.ndim) + where.shape)
     raise ValueError(
         f"where must broadcast to the examples, {rows_shape}, or to the logits, {logits_shape}, "
         f"got {where.shape}"
@@ -393,11 +464,11 @@ def label_losses(view: _View, index: Array, options: Options, forward_mode: bool
     index, options = _excused(index, options)
     if options.smoothing is None:
         rule = _label_rule_forward if forward_mode else _label_rule
-        loss, log_normalizer = rule(view.rows, index, options.counts)
-        class_weight = _class_weight(index, options)
+        loss, log_normalizer = rule(*_axis.vary_alike(view.rows), index, options.counts)
+        class_weight = _class_weight(index, options, view.rows.axis_name)
     else:
         loss, log_normalizer = _target_rule_of(forward_mode)(
-            view.rows, _targets(view, index, None, options), options.counts
+            *_axis.vary_alike(view.rows, _targets(view, index, None, options)), options.counts
         )
         class_weight = None  # the targets carry it
     return _finish(options, loss, log_normalizer, class_weight)
@@ -408,7 +479,7 @@ def target_losses(
 ) -> Losses:
     """Of distributions with the classes on `axes`."""
     loss, log_normalizer = _target_rule_of(forward_mode)(
-        view.rows, _targets(view, labels, axes, options), options.counts
+        *_axis.vary_alike(view.rows, _targets(view, labels, axes, options)), options.counts
     )
     return _finish(options, loss, log_normalizer, None)
 
@@ -422,11 +493,11 @@ def _excused(index: Array, options: Options) -> tuple[Array, Options]:
     return index, options
 
 
-def label_weights(index: Array, options: Options, dtype: jnp.dtype) -> Array:
+def label_weights(index: Array, options: Options, axis_name: AxisName, dtype: jnp.dtype) -> Array:
     """[N...], `weights * class_weights[label]` of the examples that are kept."""
     index, options = _excused(index, options)
     weight = example_weights(options, index.shape, dtype)
-    class_weight = _class_weight(index, options)
+    class_weight = _class_weight(index, options, axis_name)
     return weight if class_weight is None else weight * class_weight
 
 
@@ -436,10 +507,16 @@ def example_weights(options: Options, shape: tuple[int, ...], dtype: jnp.dtype) 
     return weights if options.kept is None else jnp.where(options.kept, weights, 0)
 
 
-def _class_weight(index: Array, options: Options) -> Array | None:
+def _class_weight(index: Array, options: Options, axis_name: AxisName) -> Array | None:
     if options.class_weights is None:
         return None
-    return options.class_weights[jnp.maximum(index, 0)]
+    num_classes = options.class_weights.size
+    place = jnp.maximum(index, 0) - _axis.offset(axis_name, num_classes)
+    if axis_name is None:
+        return options.class_weights[place]
+    is_here = (place >= 0) & (place < num_classes)
+    weight = jnp.where(is_here, options.class_weights[jnp.where(is_here, place, 0)], 0)
+    return _axis.total(axis_name, weight)
 
 
 def _targets(view: _View, labels: Array, axes: tuple[int, ...] | None, options: Options) -> Targets:
@@ -447,11 +524,13 @@ def _targets(view: _View, labels: Array, axes: tuple[int, ...] | None, options: 
     return Targets(
         labels,
         view.classes_kept,
+        view.share,
         options.smoothing,
         options.class_weights,
         axes,
         rows.num_classes,
         _rows.compute_dtype(rows.logits.dtype),
+        rows.axis_name,
     )
 
 
@@ -502,14 +581,14 @@ def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array,
 
 
 def _label_fwd(rows, labels, counts):
-    stats = _rows.statistics(rows)
-    gap = rows.distance_at(labels, stats.max)
+    stats, (gap,) = _rows.whole(rows, lambda stats: (rows.distance_at(labels, stats),))
     out = _rows.label_loss(gap, stats), _rows.log_normalizer(stats)
     return out, _LabelResiduals(rows, labels, counts, gap, stats)
 
 
 def _label_bwd(residuals, cotangents):
     rows, labels, counts, gap, stats = residuals
+    cotangents = _axis.total_cotangent(rows.axis_name, cotangents)
     cotangent = _rows.label_cotangent(rows, labels, gap, stats, *cotangents)
     cotangent = _only(counts, cotangent, stats.tail[..., None])
     return _written_once(_pull(rows, cotangent)), None, None
@@ -536,14 +615,14 @@ def _target_rule(rows: Rows, targets: Targets, counts: Array | None) -> tuple[Ar
 
 
 def _target_fwd(rows, targets, counts):
-    stats = _rows.statistics(rows)
-    loss, mass = _rows.target_loss(rows, targets, stats)
-    out = loss, _rows.log_normalizer(stats)
+    stats, (mass, moment) = _rows.whole(rows, functools.partial(_rows.target_sums, rows, targets))
+    out = _rows.target_loss(mass, moment, stats), _rows.log_normalizer(stats)
     return out, _TargetResiduals(rows, targets, counts, mass, stats)
 
 
 def _target_bwd(residuals, cotangents):
     rows, targets, counts, mass, stats = residuals
+    cotangents = _axis.total_cotangent(rows.axis_name, cotangents)
     of_logits, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *cotangents)
     of_logits = _only(counts, of_logits, (stats.tail + mass)[..., None])
     of_targets = _only(counts, of_targets, of_targets)
@@ -596,7 +675,8 @@ def _label_jvp(primals, tangents):
         def cotangent(*g):
             return _only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g), tell)
 
-        return tuple(jnp.sum(cotangent(*g) * z_dot, -1) for g in ((one, zero), (zero, one)))
+        dots = [jnp.sum(cotangent(*g) * z_dot, -1) for g in ((one, zero), (zero, one))]
+        return tuple(_axis.total(rows.axis_name, jnp.stack(dots)))
 
     return out, tangent(residuals, tangents[0])
 
@@ -609,11 +689,10 @@ def _target_rule_forward(rows: Rows, targets: Targets, counts: Array | None) -> 
 @functools.partial(_target_rule_forward.defjvp, symbolic_zeros=True)
 def _target_jvp(primals, tangents):
     out, residuals = _target_fwd(*primals)
-    rows_dot, targets_dot, _ = tangents
-    views = {"rows": rows_dot, "targets": targets_dot}
+    views = {"rows": (tangents[0], primals[0]), "targets": (tangents[1], primals[1])}
     # The cost of an absent class is infinite, and infinity times a tangent of 0 is NaN: leave out the
     # targets altogether where they are not differentiated.
-    moving = {name: _instantiate(dot) for name, dot in views.items() if _moves(dot)}
+    moving = {name: _instantiate(*view) for name, view in views.items() if _moves(view[0])}
 
     @jax.checkpoint
     def tangent(residuals, moving):
@@ -630,7 +709,7 @@ def _target_jvp(primals, tangents):
             if "targets" in moving:
                 dot += jnp.sum(of_targets * _push(targets, moving["targets"]), -1)
             dots.append(dot)
-        return tuple(dots)
+        return tuple(_axis.total(rows.axis_name, jnp.stack(dots)))
 
     return out, tangent(residuals, moving)
 
@@ -645,11 +724,13 @@ def _moves(tangent) -> bool:
     return not all(map(_is_symbolic_zero, leaves))
 
 
-def _instantiate(tangent):
-    def zeros(x):
-        return np.zeros(x.shape, x.dtype) if _is_symbolic_zero(x) else x
+def _instantiate(tangent, primal):
+    def zeros(x, like):
+        if not _is_symbolic_zero(x):
+            return x
+        return _axis.vary(jnp.zeros(x.shape, x.dtype), _axis.varying(like))
 
-    return jax.tree.map(zeros, tangent, is_leaf=_is_symbolic_zero)
+    return jax.tree.map(zeros, tangent, primal, is_leaf=_is_symbolic_zero)
 
 
 def _is_symbolic_zero(x) -> bool:

@@ -24,7 +24,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from . import _checks, _chunks, _cross_entropy, _rows
+from . import _axis, _checks, _chunks, _cross_entropy, _rows
+from ._axis import AxisName
 from ._chunks import Plan, Plans
 from ._cross_entropy import Losses, Options
 from ._reduction import REDUCTIONS, both, reduce_losses
@@ -57,6 +58,7 @@ def linear_softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
     reduction: str = "none",
+    axis_name: AxisName = None,
     chunk_size: int | None = None,
     return_aux: Literal[False] = False,
     forward_mode: bool = False,
@@ -77,6 +79,7 @@ def linear_softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
     reduction: str = "none",
+    axis_name: AxisName = None,
     chunk_size: int | None = None,
     return_aux: Literal[True],
     forward_mode: bool = False,
@@ -96,6 +99,7 @@ def linear_softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
     reduction: str = "none",
+    axis_name: AxisName = None,
     chunk_size: int | None = None,
     return_aux: bool = False,
     forward_mode: bool = False,
@@ -127,6 +131,10 @@ def linear_softmax_cross_entropy(
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
         `weights * class_weights[label]` of the examples that count (of `weights` for distributions),
         and 0 if there are none.
+      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
+        is the number of classes on this device, in the kernel and in all that has classes, and the loss
+        is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
+        examples of this device.
       chunk_size: Examples in a chunk, whose float32 logits are held; None chooses from the shapes, so
         that those take 128 MiB at most on CPU and 1 GiB elsewhere.
       return_aux: Also return a `CrossEntropyAux`, [N...] each; of examples that do not count 0, and a
@@ -167,6 +175,58 @@ def linear_softmax_cross_entropy(
     See also:
       `softmax_cross_entropy_with_integer_labels` and `softmax_cross_entropy`, of logits that exist.
     """
+    setting, arrays = read(
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        axis_name=axis_name,
+        chunk_size=chunk_size,
+        return_aux=return_aux,
+        forward_mode=forward_mode,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        weights=weights,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    hidden = arrays[1].hidden
+    if jax.typeof(hidden).sharding.mesh.explicit_axes:
+        return _in_automatic_mode(setting, hidden)(arrays)
+    return run(setting, arrays)
+
+
+# -- from the arguments to the loss -------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What is known when tracing."""
+
+    chunk_size: int | None
+    return_aux: bool
+    reduction: str
+    forward_mode: bool
+    classes: AxisName  # the mesh axis over which the classes are split
+    batch: AxisName = None  # that of the examples, if a reduction is over all of them
+
+
+def read(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    ignore_index: int | None,
+    reduction: str,
+    axis_name: AxisName,
+    chunk_size: int | None,
+    return_aux: bool,
+    forward_mode: bool,
+    **options: Any,
+) -> tuple[Setting, tuple["Head", "Examples"]]:
+    """The arguments of `linear_softmax_cross_entropy`, by those names, checked."""
     hidden, kernel = _checks.floating("hidden", hidden), _checks.floating("kernel", kernel)
     batch = _checks.head(hidden, kernel)
     num_classes = kernel.shape[1]
@@ -187,45 +247,62 @@ def linear_softmax_cross_entropy(
     if ignored is not None and not has_ids:
         raise ValueError("ignore_index must be None for labels that are distributions")
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    return_aux = _checks.flag("return_aux", return_aux)
-    forward_mode = _checks.flag("forward_mode", forward_mode)
-    chunk_size = _checks.positive_or_none("chunk_size", chunk_size)
-    options = _cross_entropy.check_options(
-        dtype,
-        batch,
-        num_classes,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        weights=weights,
-        z_loss=z_loss,
-        softcap=softcap,
+    setting = Setting(
+        _checks.positive_or_none("chunk_size", chunk_size),
+        _checks.flag("return_aux", return_aux),
+        reduction,
+        _checks.flag("forward_mode", forward_mode),
+        _checks.axis_name(axis_name),
     )
+    checked = _cross_entropy.check_options(dtype, batch, num_classes, **options)
     if has_ids:
-        options = options.ignoring(labels, ignored)
-        labels = _cross_entropy.class_index(labels, num_classes, options)
-
-    head = _Head(
+        checked = checked.ignoring(labels, ignored)
+        count = num_classes * _axis.size(setting.classes)
+        labels = _cross_entropy.class_index(labels, count, checked)
+    head = Head(
         kernel.astype(dtype),
         bias,
-        options.smoothing,
-        options.class_weights,
-        options.z_loss,
-        options.softcap,
+        checked.smoothing,
+        checked.class_weights,
+        checked.z_loss,
+        checked.softcap,
     )
-    examples = _Examples(hidden.astype(dtype), labels, options.weights, options.kept)
-    plans = _chunks.plans(math.prod(batch), num_classes, chunk_size, return_aux)
-    run: Callable[..., Any] = functools.partial(_run, plans, reduction, forward_mode)
-    if jax.typeof(hidden).sharding.mesh.explicit_axes:
-        run = _in_automatic_mode(run, hidden, scalar=reduction != "none")
-    loss, *aux = run(head, examples)
-    return (loss, CrossEntropyAux(*aux)) if return_aux else loss
+    examples = Examples(hidden.astype(dtype), labels, checked.weights, checked.kept)
+    return setting, (head, examples)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def run(setting: Setting, arrays: tuple["Head", "Examples"]) -> Any:
+    """The loss, and the aux if it is asked for, [N...]."""
+    head, examples = arrays
+    batch, reduction = examples.hidden.shape[:-1], setting.reduction
+    plans = _chunks.plans(math.prod(batch), head.kernel.shape[1], setting.chunk_size,
+                          setting.return_aux, setting.classes)  # fmt: skip
+    lanes = plans.default.shape
+    examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
+    head, examples = _prepare(head, examples, setting.classes)
+    if setting.forward_mode:
+        loss, aux = plans.run(_values_forward, head, examples)
+    elif reduction == "none" or head.kernel.dtype == jnp.float16:
+        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
+        loss, aux = _each(plans, head, examples)
+    else:
+        loss, aux = _total(plans, head, examples)
+    if reduction == "none":
+        loss = loss.reshape(batch)
+    else:
+        weights = _mean_weights(head, examples, setting.classes)
+        loss = reduce_losses(loss, weights, reduction, setting.batch)
+    if not setting.return_aux:
+        return loss
+    return loss, CrossEntropyAux(*(x.reshape(batch) for x in aux))
 
 
 # -- the data -----------------------------------------------------------------------------------------
 # The examples are [L, n, ...], in lanes, and in a chunk [C, ...]: `_chunks.py` says why.
 
 
-class _Head(NamedTuple):
+class Head(NamedTuple):
     """What all examples share; None where an option is not used."""
 
     kernel: Array  # [D, V]
@@ -236,7 +313,7 @@ class _Head(NamedTuple):
     softcap: Array | None  # scalar
 
 
-class _Examples(NamedTuple):
+class Examples(NamedTuple):
     """What each example has of its own: [L, n, ...], and in a chunk [C, ...]."""
 
     hidden: Array  # [..., D]
@@ -256,61 +333,35 @@ class _Values(NamedTuple):
     aux: CrossEntropyAux
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _run(
-    plans: Plans, reduction: str, forward_mode: bool, head: _Head, examples: _Examples
-) -> tuple[Array, Array, Array]:
-    """The loss, and the log-normalizer and prediction of each example, [N...]."""
-    batch, lanes = examples.hidden.shape[:-1], plans.default.shape
-    examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
-    head, examples = _vary_alike(head, examples)
-    if forward_mode:
-        loss, aux = plans.run(_values_forward, head, examples)
-    elif reduction == "none" or head.kernel.dtype == jnp.float16:
-        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
-        loss, aux = _each(plans, head, examples)
-    else:
-        loss, aux = _total(plans, head, examples)
-    if reduction == "none":
-        loss = loss.reshape(batch)
-    else:
-        loss = reduce_losses(loss, _mean_weights(head, examples), reduction)
-    return loss, aux.log_normalizer.reshape(batch), aux.prediction.reshape(batch)
-
-
-def _in_automatic_mode(
-    run: Callable[..., Any], hidden: Array, *, scalar: bool
-) -> Callable[..., Any]:
+def _in_automatic_mode(setting: Setting, hidden: Array) -> Callable[..., Any]:
     """On a mesh with explicit axes: `run`, with the shardings between its arguments and its results left
     to the compiler. JAX asks for those of each gather and product otherwise."""
     like = jax.typeof(hidden).sharding
     of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
-    of_loss = NamedSharding(like.mesh, PartitionSpec()) if scalar else of_examples
-    return jax.sharding.auto_axes(run, out_sharding=(of_loss, of_examples, of_examples))
+    whole = NamedSharding(like.mesh, PartitionSpec())
+    shardings: Any = of_examples if setting.reduction == "none" else whole
+    if setting.return_aux:
+        shardings = (shardings, CrossEntropyAux(of_examples, of_examples))  # type: ignore[arg-type]
+    return jax.sharding.auto_axes(functools.partial(run, setting), out_sharding=shardings)
 
 
-def _vary_alike(*trees: Any) -> Any:
+def _prepare(head: Head, examples: Examples, axis_name: AxisName) -> tuple[Head, Examples]:
     """Inside `jax.shard_map`, what varies over a mesh axis makes all else vary: a kernel that each
-    device holds whole gets a gradient on each, and JAX sums them once, outside the rules."""
-    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(trees)))
-    return jax.tree.map(functools.partial(_vary, axes=axes), trees)
+    device holds whole gets a gradient on each, and JAX sums them once, outside the rules. Over the
+    devices among which the classes are split, what meets the classes varies, and no loss does."""
+    head, examples = _axis.vary_alike(head, examples, but=axis_name)
+    names = ("hidden", "smoothing", "softcap")
+    met = {k: x for k, x in _fields(head, examples).items() if k in names}
+    _, met = _axis.vary_alike(head.kernel, met)
+    return _replace(head, examples, met)
 
 
-def _varying(x: Array) -> frozenset[str]:
-    """The mesh axes over which it varies."""
-    return jax.typeof(x).mat.varying
+def _zeros(x: Array, dtype: jnp.dtype) -> Array:
+    """For the cotangent of `x`, which varies over the same mesh axes."""
+    return _axis.vary(jnp.zeros(x.shape, dtype), _axis.varying(x))
 
 
-def _vary(x: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(axes - _varying(x))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def _full(shape: tuple[int, ...], value: float, dtype: jnp.dtype, head: _Head) -> Array:
-    return _vary(jnp.full(shape, value, dtype), _varying(head.kernel))
-
-
-def _chunk(plan: Plan, examples: _Examples, ids: Array) -> _Examples:
+def _chunk(plan: Plan, examples: Examples, ids: Array) -> Examples:
     """Those examples; n, which is none, is not kept. The hidden state of one that does not count is made
     0 before an infinity or NaN in it reaches the kernel's gradient."""
     chunk = jax.tree.map(lambda x: _chunks.take(x, ids), examples)
@@ -331,7 +382,7 @@ def _chunk(plan: Plan, examples: _Examples, ids: Array) -> _Examples:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _values(plan: Plan, head: _Head, examples: _Examples) -> _Values:
+def _values(plan: Plan, head: Head, examples: Examples) -> _Values:
     return _scan(plan._replace(chunk=plan.chunk_of_values), head, examples, forward_mode=False)
 
 
@@ -340,14 +391,14 @@ def _values_jvp(plan, primals, tangents):  # forward over reverse mode of the ru
     return jax.jvp(functools.partial(_values_forward, plan), primals, tangents)
 
 
-def _values_forward(plan: Plan, head: _Head, examples: _Examples) -> _Values:
+def _values_forward(plan: Plan, head: Head, examples: Examples) -> _Values:
     """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments."""
     return _scan(plan, head, examples, forward_mode=True)
 
 
-def _scan(plan: Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -> _Values:
+def _scan(plan: Plan, head: Head, examples: Examples, *, forward_mode: bool) -> _Values:
     if plan.chunks == 0:
-        return _nothing(head, plan.shape)
+        return _nothing(plan, head, plan.shape)
     # The work for a weight of 0 can be left out if nobody asks for the derivative by that weight. In
     # forward mode nobody tells what is differentiated.
     options = _options(head, examples)
@@ -360,14 +411,14 @@ def _scan(plan: Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -
     def values(head, examples, ids):
         chunk = _chunk(plan, examples, ids)
         logits = _logits(head, chunk.hidden)
-        losses = _losses(head, chunk, logits, forward_mode)
+        losses = _losses(plan, head, chunk, logits, forward_mode)
         return _Values(losses.loss, _aux(plan, head, chunk, logits, losses.log_normalizer))
 
     def step(_, start):
         here = lax.dynamic_slice_in_dim(ids, start, plan.chunk, axis=1)
         if live is None:
             return None, values(head, examples, here)
-        nothing = _nothing(head, (here.size,))
+        nothing = _nothing(plan, head, (here.size,))
         return None, lax.cond(start < most, lambda: values(head, examples, here), lambda: nothing)
 
     _, chunks = lax.scan(step, None, starts)
@@ -376,17 +427,18 @@ def _scan(plan: Plan, head: _Head, examples: _Examples, *, forward_mode: bool) -
         rows = rows.reshape(plan.chunks, plan.lanes, plan.chunk).swapaxes(0, 1)
         return _chunks.put(x, ids, rows.reshape(ids.shape))
 
-    return jax.tree.map(in_place, _nothing(head, plan.shape), chunks)
+    return jax.tree.map(in_place, _nothing(plan, head, plan.shape), chunks)
 
 
-def _nothing(head: _Head, shape: tuple[int, ...]) -> _Values:
+def _nothing(plan: Plan, head: Head, shape: tuple[int, ...]) -> _Values:
     """The values of examples that do not count."""
-    zeros = _full(shape, 0, _rows.compute_dtype(head.kernel.dtype), head)
-    none = _full(shape, -1, jnp.dtype(jnp.int32), head)
+    axes = _axis.varying(head.kernel) - _axis.names(plan.axis_name)
+    zeros = _axis.vary(jnp.zeros(shape, _rows.compute_dtype(head.kernel.dtype)), axes)
+    none = _axis.vary(jnp.full(shape, -1, jnp.int32), axes)
     return _Values(zeros, CrossEntropyAux(zeros, none))
 
 
-def _logits(head: _Head, hidden: Array) -> Array:
+def _logits(head: Head, hidden: Array) -> Array:
     logits = _dot(hidden, head.kernel)
     return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
@@ -396,7 +448,7 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=_rows.compute_dtype(a.dtype))
 
 
-def _options(head: _Head, examples: _Examples) -> Options:
+def _options(head: Head, examples: Examples) -> Options:
     return Options(
         examples.kept,
         examples.weights,
@@ -407,28 +459,31 @@ def _options(head: _Head, examples: _Examples) -> Options:
     )
 
 
-def _losses(head: _Head, chunk: _Examples, logits: Array, forward_mode: bool) -> Losses:
+def _losses(plan: Plan, head: Head, chunk: Examples, logits: Array, forward_mode: bool) -> Losses:
     options = _options(head, chunk)
-    view = _cross_entropy.logits_view(logits, (1,), options)
+    view = _cross_entropy.logits_view(logits, (1,), plan.axis_name, options)
     if chunk.has_ids:
         return _cross_entropy.label_losses(view, chunk.labels, options, forward_mode)
     return _cross_entropy.target_losses(view, chunk.labels, (1,), options, forward_mode)
 
 
-def _mean_weights(head: _Head, examples: _Examples) -> Array:
+def _mean_weights(head: Head, examples: Examples, axis_name: AxisName) -> Array:
     """What a mean divides by, of each example."""
     options, dtype = _options(head, examples), _rows.compute_dtype(head.kernel.dtype)
     if examples.has_ids:
-        return _cross_entropy.label_weights(examples.labels, options, dtype)
+        return _cross_entropy.label_weights(examples.labels, options, axis_name, dtype)
     return _cross_entropy.example_weights(options, examples.hidden.shape[:-1], dtype)
 
 
 def _aux(
-    plan: Plan, head: _Head, chunk: _Examples, logits: Array, log_normalizer: Array
+    plan: Plan, head: Head, chunk: Examples, logits: Array, log_normalizer: Array
 ) -> CrossEntropyAux:
     if not plan.with_prediction:
-        return CrossEntropyAux(log_normalizer, _nothing(head, log_normalizer.shape).aux.prediction)
-    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        nothing = _nothing(plan, head, log_normalizer.shape)
+        return CrossEntropyAux(log_normalizer, nothing.aux.prediction)
+    place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    place += _axis.offset(plan.axis_name, logits.shape[-1])
+    prediction = _axis.first_place(plan.axis_name, jnp.max(logits, axis=-1), place)
     counts = _options(head, chunk).counts
     prediction = prediction if counts is None else jnp.where(counts, prediction, -1)
     return CrossEntropyAux(log_normalizer, prediction)
@@ -441,8 +496,8 @@ def _aux(
 def _gradients(
     plan: Plan,
     wanted: frozenset[str],
-    head: _Head,
-    examples: _Examples,
+    head: Head,
+    examples: Examples,
     g_loss: Array,
     g_log_normalizer: Array,
 ) -> tuple[_Values, dict[str, Array]]:
@@ -452,14 +507,12 @@ def _gradients(
     live = options.kept if "weights" in wanted else options.counts
     order, most = _chunks.order(plan, live)
     of_head = {
-        k: _full(x.shape, 0, _rows.compute_dtype(head.kernel.dtype), head)
+        k: _zeros(x, _rows.compute_dtype(head.kernel.dtype))
         for k, x in head._asdict().items()
         if k in wanted
     }
     of_examples = {
-        k: _rows.to_bits(_full(x.shape, 0, x.dtype, head))
-        for k, x in examples._asdict().items()
-        if k in wanted
+        k: _rows.to_bits(_zeros(x, x.dtype)) for k, x in examples._asdict().items() if k in wanted
     }
 
     def add(start, size, carry):
@@ -477,7 +530,7 @@ def _gradients(
     def add_chunks(count, start, size, carry):
         return lax.fori_loop(0, count, lambda i, carry: add(start + i * size, size, carry), carry)
 
-    carry = _nothing(head, plan.shape), of_head, of_examples
+    carry = _nothing(plan, head, plan.shape), of_head, of_examples
     if plan.chunks == 0:
         pass
     elif live is None:
@@ -504,20 +557,20 @@ def _gradients_jvp(plan, wanted, primals, tangents):
 
         moving = {k: x for k, x in _fields(head, examples).items() if k in wanted}
         _, pull, out = jax.vjp(values, moving, has_aux=True)
-        gradients = pull((g_loss, g_log_normalizer))[0]
+        gradients = pull(_axis.share_of_cotangent(plan.axis_name, (g_loss, g_log_normalizer)))[0]
         wide = _rows.compute_dtype(head.kernel.dtype)
         return out, {k: g.astype(wide) if k in head._fields else g for k, g in gradients.items()}
 
     return jax.jvp(gradients, primals, tangents)
 
 
-def _fields(head: _Head, examples: _Examples) -> dict[str, Any]:
+def _fields(head: Head, examples: Examples) -> dict[str, Any]:
     """All that there are, by name."""
     fields = head._asdict() | examples._asdict()
     return {k: x for k, x in fields.items() if x is not None}
 
 
-def _replace(head: _Head, examples: _Examples, fields: dict[str, Array]) -> tuple[_Head, _Examples]:
+def _replace(head: Head, examples: Examples, fields: dict[str, Array]) -> tuple[Head, Examples]:
     return (
         head._replace(**{k: x for k, x in fields.items() if k in head._fields}),
         examples._replace(**{k: x for k, x in fields.items() if k in examples._fields}),
@@ -527,8 +580,8 @@ def _replace(head: _Head, examples: _Examples, fields: dict[str, Array]) -> tupl
 def _add_chunk(
     plan: Plan,
     wanted: frozenset[str],
-    head: _Head,
-    chunk: _Examples,
+    head: Head,
+    chunk: Examples,
     g_loss: Array,
     g_log_normalizer: Array,
     of_head: dict[str, Array],
@@ -540,10 +593,11 @@ def _add_chunk(
     inner = {k: x for k, x in _fields(head, chunk).items() if k in inner_names}
 
     def losses(logits, inner):
-        return _losses(*_replace(head, chunk, inner), logits, False)
+        return _losses(plan, *_replace(head, chunk, inner), logits, False)
 
     out, pull = jax.vjp(losses, logits, inner)
-    g, gradients = pull(Losses(g_loss, g_log_normalizer))
+    shares = _axis.share_of_cotangent(plan.axis_name, Losses(g_loss, g_log_normalizer))
+    g, gradients = pull(shares)
     if "bias" in wanted:
         gradients["bias"] = jnp.sum(g, axis=0)
     of_hidden, of_kernel = _back(
@@ -612,7 +666,7 @@ def _back(
 # -- rules --------------------------------------------------------------------------------------------
 
 
-def _wanted(head: _Head, examples: _Examples) -> tuple[frozenset[str], _Head, _Examples]:
+def _wanted(head: Head, examples: Examples) -> tuple[frozenset[str], Head, Examples]:
     """The fields that are differentiated, and what `symbolic_zeros` wraps."""
     wanted = frozenset(k for k, x in _fields(head, examples).items() if x.perturbed)
     return (wanted, *jax.tree.map(lambda x: x.value, (head, examples), is_leaf=_is_wrapped))
@@ -623,22 +677,22 @@ def _is_wrapped(x: Any) -> bool:
 
 
 def _cotangents(
-    head: _Head, examples: _Examples, gradients: dict[str, Array]
-) -> tuple[_Head, _Examples]:
+    head: Head, examples: Examples, gradients: dict[str, Array]
+) -> tuple[Head, Examples]:
     """As the arguments are laid out, in their dtypes; None for those that are not differentiated."""
 
     def of(fields):
         typed = {k: gradients[k].astype(x.dtype) for k, x in fields.items() if k in gradients}
         return dict.fromkeys(fields) | typed
 
-    return _Head(**of(head._asdict())), _Examples(**of(examples._asdict()))
+    return Head(**of(head._asdict())), Examples(**of(examples._asdict()))
 
 
 def _run_gradients(
     plans: Plans,
     wanted: frozenset[str],
-    head: _Head,
-    examples: _Examples,
+    head: Head,
+    examples: Examples,
     g_loss: Array,
     g_log_normalizer: Array,
 ) -> tuple[_Values, dict[str, Array]]:
@@ -658,7 +712,7 @@ def _dense(g: Array | SymbolicZero, zeros: Array) -> Array:
 # field, an empty one where nothing is wanted.
 
 
-def _padded(head: _Head, examples: _Examples, of_wanted: dict[str, Array]) -> dict[str, Array]:
+def _padded(head: Head, examples: Examples, of_wanted: dict[str, Array]) -> dict[str, Array]:
     return {k: of_wanted.get(k, jnp.zeros(0)) for k in _fields(head, examples)}
 
 
@@ -667,13 +721,13 @@ def _unpadded(padded: dict[str, Array]) -> dict[str, Array]:
 
 
 class _TotalResiduals(NamedTuple):
-    head: _Head
-    examples: _Examples
+    head: Head
+    examples: Examples
     gradients: dict[str, Array]  # of the sum of the losses, padded
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(plans: Plans, head: _Head, examples: _Examples) -> tuple[Array, CrossEntropyAux]:
+def _total(plans: Plans, head: Head, examples: Examples) -> tuple[Array, CrossEntropyAux]:
     """The sum of the losses. When it is differentiated, its gradients are computed with it."""
     values = plans.run(_values, head, examples)
     return jnp.sum(values.loss), values.aux
@@ -681,7 +735,7 @@ def _total(plans: Plans, head: _Head, examples: _Examples) -> tuple[Array, Cross
 
 def _total_fwd(plans, head, examples):
     wanted, head, examples = _wanted(head, examples)
-    zeros = _nothing(head, plans.default.shape).loss
+    zeros = _nothing(plans.default, head, plans.default.shape).loss
     values, gradients = _run_gradients(plans, wanted, head, examples, jnp.ones_like(zeros), zeros)
     gradients = _padded(head, examples, gradients)
     return (jnp.sum(values.loss), values.aux), _TotalResiduals(head, examples, gradients)
@@ -691,11 +745,12 @@ def _total_bwd(plans, residuals, cotangents):
     head, examples, gradients = residuals
     gradients = _unpadded(gradients)
     g, g_log_normalizer = cotangents[0], cotangents[1].log_normalizer
-    zeros = _nothing(head, plans.default.shape).loss
-    g = _dense(g, jnp.zeros((), zeros.dtype))
+    zeros = _nothing(plans.default, head, plans.default.shape).loss
+    g = _axis.total_cotangent(plans.default.axis_name, _dense(g, jnp.zeros((), zeros.dtype)))
     if isinstance(g_log_normalizer, SymbolicZero):
         gradients = {k: g * x.astype(g.dtype) for k, x in gradients.items()}
     else:  # it is not known to be 0: then the gradients that were computed are not the ones asked for
+        g_log_normalizer = _axis.total_cotangent(plans.default.axis_name, g_log_normalizer)
         _, gradients = _run_gradients(
             plans, frozenset(gradients), head, examples, zeros + g, g_log_normalizer
         )
@@ -706,13 +761,13 @@ _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 
 
 class _EachResiduals(NamedTuple):
-    head: _Head
-    examples: _Examples
+    head: Head
+    examples: Examples
     wanted: dict[str, Array]  # anything, padded
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each(plans: Plans, head: _Head, examples: _Examples) -> _Values:
+def _each(plans: Plans, head: Head, examples: Examples) -> _Values:
     """The losses one by one. Their gradients take the logits once more."""
     return plans.run(_values, head, examples)
 
@@ -726,8 +781,9 @@ def _each_fwd(plans, head, examples):
 
 def _each_bwd(plans, residuals, cotangents):
     head, examples, wanted = residuals
-    zeros = _nothing(head, plans.default.shape).loss
+    zeros = _nothing(plans.default, head, plans.default.shape).loss
     g = _dense(cotangents.loss, zeros), _dense(cotangents.aux.log_normalizer, zeros)
+    g = _axis.total_cotangent(plans.default.axis_name, g)
     _, gradients = _run_gradients(plans, frozenset(_unpadded(wanted)), head, examples, *g)
     return _cotangents(head, examples, gradients)
 

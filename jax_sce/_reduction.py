@@ -3,6 +3,9 @@
 import jax.numpy as jnp
 from jax import Array
 
+from . import _axis
+from ._axis import AxisName
+
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -21,15 +24,16 @@ def times(weight: Array, loss: Array) -> Array:
     return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
 
-def reduce_losses(losses: Array, weights: Array, reduction: str) -> Array:
+def reduce_losses(losses: Array, weights: Array, reduction: str, batch: AxisName = None) -> Array:
     """Reduce losses that are weighted already. `weights` are what a mean divides by.
 
-    A mean over no weight is 0, and so is its gradient.
+    A mean over no weight is 0, and so is its gradient. `batch` is the mesh axis over which the examples
+    are split, if the reduction is over all of them.
     """
     if reduction == "none":
         return losses
-    total = jnp.sum(losses)
+    total = _axis.total(batch, jnp.sum(losses))
     if reduction == "sum":
         return total
-    weight = jnp.sum(weights)
+    weight = _axis.total(batch, jnp.sum(weights))
     return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))

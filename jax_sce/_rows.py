@@ -12,7 +12,7 @@ for then `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
     softmax         o_j = e^{z_j - max} / S
 
 `(max, tail)` is a commutative monoid (`merge`), so rows may be read whole, in chunks of their classes,
-or on many devices.
+or on many devices, of which each holds some of the classes (`axis_name`; `whole` merges them).
 
 Accuracy
 --------
@@ -53,6 +53,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from . import _axis
+from ._axis import AxisName
+
 # On CPU, long rows are read in blocks of classes (`_statistics_in_blocks`). Widths from 128 to 8000 ran
 # equally fast, narrower ones a little slower; what is written is one number a block and then one block,
 # so both are kept small. That one block is a row of its own: of 16 bits it is cut again and again until
@@ -67,24 +70,30 @@ class Statistics(NamedTuple):
 
     max: Array  # [N...], the largest logit
     tail: Array  # [N...], sum of exp(logit - max) over all classes, less one
+    leads: Array | None = None  # bool, [N...], if the largest is on this device; None: it is
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["logits", "where", "softcap"],
-    meta_fields=["axes"],
+    data_fields=["logits", "where", "some_kept", "softcap"],
+    meta_fields=["axes", "axis_name"],
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Logits as the caller holds them, and how to read them: classes last, in float32 or wider.
 
-    Residuals hold this, not what `read` returns, so nothing of that size outlives a pass.
+    Residuals hold this, not what `read` returns, so nothing of that size outlives a pass. V is the
+    number of classes on this device, of all if they are not split.
     """
 
     logits: Array  # any floating type, classes on `axes`
     where: Array | None  # bool, broadcasts to `logits` with the same rank
+    some_kept: (
+        Array | None
+    )  # bool, [N... or 1...], the rows of which `where` keeps a class, anywhere
     softcap: Array | None  # scalar
     axes: tuple[int, ...]
+    axis_name: AxisName = None  # over which the classes are split
 
     @property
     def num_classes(self) -> int:
@@ -93,8 +102,8 @@ class Rows:
     def read(self) -> Array:
         """The logits, [N..., V]; -inf where a class is masked, unless all of the row is."""
         where = self._where()
-        if where is not None:
-            where |= ~jnp.any(where, axis=-1, keepdims=True)
+        if where is not None and self.some_kept is not None:
+            where |= ~self.some_kept[..., None]
         return self.effective(_read_anew(classes_last(self.logits, self.axes)), where)
 
     def read_at(self, labels: Array) -> Array:
@@ -106,15 +115,29 @@ class Rows:
         logits = jnp.take_along_axis(classes_last(self.logits, self.axes), index, axis=-1)
         return jnp.where(labels < 0, jnp.nan, self.effective(logits, where)[..., 0])
 
-    def distances(self, highest: Array) -> Array:
+    def distances(self, stats: Statistics) -> Array:
         """How far each logit lies below the largest, `z - max`, [N..., V]; 0 at the largest itself."""
-        return self._distance(Rows.read, highest[..., None])
+        leads = None if stats.leads is None else stats.leads[..., None]
+        return self._distance(Rows.read, stats.max[..., None], leads)
 
-    def distance_at(self, labels: Array, highest: Array) -> Array:
-        """The same for one class in each row, [N...]; NaN where the label is negative."""
-        return self._distance(lambda rows: rows.read_at(labels), highest)
+    def distance_at(self, labels: Array, stats: Statistics) -> Array:
+        """The same for one class in each row, [N...]; NaN where the label is negative, and 0 where the
+        class is on another device."""
+        index = self.place(labels)
+        if self.axis_name is None:
+            return self._distance(lambda rows: rows.read_at(index), stats.max, None)
+        is_here = (index >= 0) & (index < self.num_classes)
+        index = jnp.where(is_here, index, 0)
+        distance = self._distance(lambda rows: rows.read_at(index), stats.max, stats.leads)
+        return jnp.where(labels < 0, jnp.nan, jnp.where(is_here, distance, 0))
 
-    def _distance(self, read: Callable[["Rows"], Array], highest: Array) -> Array:
+    def place(self, labels: Array) -> Array:
+        """Class ids as places among the classes on this device, outside [0, V) for those on others."""
+        return labels - _axis.offset(self.axis_name, self.num_classes)
+
+    def _distance(
+        self, read: Callable[["Rows"], Array], highest: Array, leads: Array | None
+    ) -> Array:
         distance = read(self) - highest
         if self.softcap is None:
             return distance
@@ -122,8 +145,11 @@ class Rows:
         # found. The logits before the cap tell which one it was.
         uncapped = dataclasses.replace(self, softcap=None)
         top = jnp.max(uncapped.read(), axis=-1).reshape(highest.shape)
+        is_top = read(uncapped) == top
+        if leads is not None:
+            is_top &= leads
         rounded = jnp.where(jnp.isneginf(distance), 0, distance)  # there is nothing to correct
-        exact = jnp.where(read(uncapped) == top, 0, jnp.minimum(rounded, 0))
+        exact = jnp.where(is_top, 0, jnp.minimum(rounded, 0))
         return distance + lax.stop_gradient(exact - rounded)
 
     def _where(self) -> Array | None:
@@ -146,8 +172,8 @@ class Rows:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["labels", "where", "smoothing", "class_weights"],
-    meta_fields=["axes", "num_classes", "dtype"],
+    data_fields=["labels", "where", "share", "smoothing", "class_weights"],
+    meta_fields=["axes", "num_classes", "dtype", "axis_name"],
 )
 @dataclasses.dataclass(frozen=True)
 class Targets:
@@ -159,16 +185,19 @@ class Targets:
 
     labels: Array
     where: Array | None  # bool, [N... or 1..., V]
+    share: Array | None  # [N... or 1...], one over the number of classes in the row, on all devices
     smoothing: Array | None  # scalar
     class_weights: Array | None  # [V]
     axes: tuple[int, ...] | None
     num_classes: int
     dtype: jnp.dtype
+    axis_name: AxisName = None  # over which the classes are split
 
     def read(self) -> Array:
         """`w_c ((1 - e) y_c + e / V)`, [N..., V]. A distribution has no mass on a masked class."""
         if self.axes is None:
-            targets = one_hot(self.labels, self.num_classes).astype(self.dtype)
+            place = self.labels - _axis.offset(self.axis_name, self.num_classes)
+            targets = one_hot(place, self.num_classes).astype(self.dtype)
             targets = jnp.where(self.labels[..., None] < 0, jnp.nan, targets)
         else:
             targets = _read_anew(classes_last(self.labels, self.axes)).astype(self.dtype)
@@ -181,10 +210,10 @@ class Targets:
         return targets
 
     def _uniform(self, ndim: int) -> Array:
-        if self.where is None:
-            return jnp.full((1,) * ndim, 1 / self.num_classes, self.dtype)
-        kept = self.where.astype(self.dtype)
-        return kept / jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1)
+        if self.where is None or self.share is None:
+            num_classes = self.num_classes * _axis.size(self.axis_name)
+            return jnp.full((1,) * ndim, 1 / num_classes, self.dtype)
+        return jnp.where(self.where, self.share[..., None], 0)
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -217,7 +246,7 @@ def one_hot(labels: Array, num_classes: int) -> Array:
 
 @jax.custom_jvp
 def statistics(rows: Rows) -> Statistics:
-    """The largest logit and the tail of every row, [N...] each."""
+    """The largest logit and the tail of every row, [N...] each, of the classes on this device."""
     if rows.num_classes < _LONG_ROW or rows.where is not None:
         return _statistics_at_once(rows)
     return lax.platform_dependent(rows, cpu=_statistics_in_blocks, default=_statistics_at_once)
@@ -230,7 +259,10 @@ def _statistics_jvp(primals, tangents):
     (rows,), (rows_dot,) = primals, tangents
     stats = statistics(rows)
     _, z_dot = jax.jvp(Rows.read, (rows,), (rows_dot,))
-    tail_dot = jnp.sum(jnp.exp(rows.distances(stats.max)) * z_dot, axis=-1)
+    exponentials = jnp.exp(rows.distances(stats))
+    if rows.axis_name is not None:  # classes that are all absent are not all of the row
+        exponentials = jnp.where(jnp.isneginf(stats.max)[..., None], 0, exponentials)
+    tail_dot = jnp.sum(exponentials * z_dot, axis=-1)
     return stats, Statistics(jnp.zeros_like(stats.max), tail_dot)
 
 
@@ -261,7 +293,7 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
     sums are relative to the maximum of the other blocks: short distances round little."""
 
     def part(logits: Array) -> Statistics:
-        return _statistics_in_blocks(Rows(logits, None, rows.softcap, (logits.ndim - 1,)))
+        return _statistics_in_blocks(Rows(logits, None, None, rows.softcap, (logits.ndim - 1,)))
 
     num_classes = rows.num_classes
     is_16_bit = rows.logits.dtype.itemsize == 2
@@ -273,10 +305,8 @@ def _statistics_in_blocks(rows: Rows) -> Statistics:
     logits = classes_last(rows.logits, rows.axes)
     whole = num_classes - num_classes % width
     if whole < num_classes:
-        highest, tail = merge(
-            *(_or_empty(part(x)) for x in (logits[..., :whole], logits[..., whole:]))
-        )
-        return Statistics(highest, tail + (highest - highest))  # NaN if infinite
+        stats = merge(*(_or_empty(part(x)) for x in (logits[..., :whole], logits[..., whole:])))
+        return stats._replace(tail=stats.tail + (stats.max - stats.max))  # NaN if infinite
 
     blocks = logits.reshape(*logits.shape[:-1], num_classes // width, width)
     # Of the logits as they are stored, for to widen them here would be a second reader; a soft-cap keeps
@@ -319,6 +349,31 @@ def _or_empty(stats: Statistics) -> Statistics:
     return Statistics(stats.max, jnp.where(jnp.isneginf(stats.max), -1, stats.tail))
 
 
+Sums = tuple[Array, ...]
+
+
+def whole(rows: Rows, sums: Callable[[Statistics], Sums]) -> tuple[Statistics, Sums]:
+    """The statistics of whole rows, wherever their classes are, and the sums over the classes, [N...]
+    each, of which `sums` gives those of this device: it is told the largest logit.
+
+    All of it crosses the devices in a maximum and a sum.
+    """
+    stats = statistics(rows)
+    if rows.axis_name is None:
+        return stats, sums(stats)
+    part = _or_empty(stats)
+    highest = _axis.largest(rows.axis_name, part.max)
+    leads = part.max == highest
+    scale = _exp_difference(part.max, highest)
+    tail = jnp.where(leads, part.tail, (1 + part.tail) * scale)
+    here = sums(Statistics(highest, part.tail, leads))
+    tail, leaders, *totals = _axis.total(
+        rows.axis_name, jnp.stack([tail, leads.astype(tail.dtype), *here])
+    )
+    # The one is left out of the first leader alone. NaN if the maximum is infinite.
+    return Statistics(highest, tail + (leaders - 1) + (highest - highest), leads), tuple(totals)
+
+
 def log_normalizer(stats: Statistics) -> Array:
     """`log sum_j e^{z_j}`, [N...]."""
     return stats.max + jnp.log1p(stats.tail)
@@ -340,22 +395,26 @@ def label_cotangent(
     normalizer = others + jnp.exp(gap)  # and NaN for all of the row if the label is bad
     at_label = (g_log_normalizer * jnp.exp(gap) - g_loss * others) / normalizer
     elsewhere = (g_loss + g_log_normalizer) / normalizer
-    exponentials = jnp.exp(rows.distances(stats.max))
-    hot = one_hot(labels, rows.num_classes)
+    exponentials = jnp.exp(rows.distances(stats))
+    hot = one_hot(rows.place(labels), rows.num_classes)
     return jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
 
 
 # -- distributions as labels --------------------------------------------------------------------------
 
 
-def target_loss(rows: Rows, targets: Targets, stats: Statistics) -> tuple[Array, Array]:
-    """`-sum_j y_j log o_j`, and the sum of the targets. [N...] each."""
+def target_sums(rows: Rows, targets: Targets, stats: Statistics) -> Sums:
+    """Over the classes: of the targets, and of the targets times the distances. [N...] each."""
     y = targets.read()
-    mass = jnp.sum(y, axis=-1)
-    distance = rows.distances(stats.max)
+    distance = rows.distances(stats)
     # A class that is absent (-inf) and has no mass adds nothing.
     distance = jnp.where((y == 0) & jnp.isneginf(distance), 0, distance)
-    return mass * jnp.log1p(stats.tail) - jnp.sum(y * distance, axis=-1), mass
+    return jnp.sum(y, axis=-1), jnp.sum(y * distance, axis=-1)
+
+
+def target_loss(mass: Array, moment: Array, stats: Statistics) -> Array:
+    """`-sum_j y_j log o_j` from those sums, [N...]."""
+    return mass * jnp.log1p(stats.tail) - moment
 
 
 def target_cotangents(
@@ -371,7 +430,7 @@ def target_cotangents(
     mass, normalizer, tail, g_loss, g_log_normalizer = (
         x[..., None] for x in (mass, 1 + stats.tail, stats.tail, g_loss, g_log_normalizer)
     )
-    distance = rows.distances(stats.max)
+    distance = rows.distances(stats)
     exponentials = jnp.exp(distance)
     # At the maximum o_j sum(y) - y_j = ((sum(y) - y_j) - y_j tail) / S. The expm1 is 0 there and makes
     # the expression right in a neighbourhood too, for second derivatives.

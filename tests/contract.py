@@ -5,11 +5,13 @@ number and how far from it the library's may be; each bound is derived where it 
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 from support import TOLERANCE, wide
 
 NAN, INF = math.nan, math.inf
@@ -112,6 +114,7 @@ class Row(NamedTuple):
     normalizer: Near
     by: dict[str, Near]
     normalizer_by: dict[str, Near]
+    has_absent: bool = False  # a class of infinite cost
 
 
 def row_of(z, y, there, options, precision, blur, examples):
@@ -219,7 +222,9 @@ def row_of(z, y, there, options, precision, blur, examples):
         summed = Near(each.value.sum(), (each.error + sums * np.abs(each.value)).sum())
         return {"logits": pick(there, by_z), "softcap": summed}
 
-    return Row(Near(loss, error), normalizer, by | through_cap(by_s), through_cap(softmax))
+    has_absent = np.isneginf(d[there]).any()
+    by |= through_cap(by_s)
+    return Row(Near(loss, error), normalizer, by, through_cap(softmax), has_absent)
 
 
 def pick(mask, near, elsewhere=0.0):
@@ -238,6 +243,7 @@ def row_of_nan(there, normalizer):
 # -- a batch -----------------------------------------------------------------------------------------
 
 EACH = ("logits", "labels", "weights")  # what every example has of its own
+OF_TARGETS = {"labels", "class_weights", "label_smoothing"}
 
 
 class Batch:
@@ -307,6 +313,8 @@ class Batch:
         def along(field, i):
             by = getattr(self.rows[i], field)
             own = {k: t[i] if k in EACH else t for k, t in tangents.items() if k in by}
+            if self.rows[i].has_absent and own.keys() & OF_TARGETS:
+                return exactly(NAN)  # the infinite cost times a tangent that may be 0
             dots = [(by[k] * t).sum() for k, t in own.items()]
             return stack(dots).sum() if dots else exactly(0)
 
@@ -324,6 +332,13 @@ class Batch:
 
 
 # -- inputs and answers ------------------------------------------------------------------------------
+
+
+def some_of(*names):
+    """Each as often as not: of sets, Hypothesis draws small ones."""
+    return st.tuples(*[st.booleans() for _ in names]).map(
+        lambda drawn: frozenset(itertools.compress(names, drawn))
+    )
 
 
 def draw_options(r, names, n, v, dtype):

@@ -135,6 +135,7 @@ def is_right(kind, name, x):
         "chunk_size": lambda: x is None or (is_int(x) and x > 0),
         "return_aux": lambda: isinstance(x, bool | np.bool_),
         "forward_mode": lambda: isinstance(x, bool | np.bool_),
+        "axis_name": lambda: x is None,  # outside shard_map
     }
     return rules[name]()
 

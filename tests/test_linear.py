@@ -861,9 +861,9 @@ def test_a_chunk_is_large_enough_and_its_logits_are_bounded():
                 assert examples * num_classes <= max(size.budget, num_classes)
                 if num_classes <= 128256:
                     assert examples >= size.least
-    plan = _chunks.plans(2048, 32000, None, False).cpu
+    plan = _chunks.plans(2048, 32000, None, False, None).cpu
     assert (plan.lanes * plan.chunk, plan.lanes * plan.chunk_of_values) == (256, 128)
-    assert _chunks.plans(256, 32000, None, False).cpu.chunks == 1
+    assert _chunks.plans(256, 32000, None, False, None).cpu.chunks == 1
 
 
 @pytest.mark.parametrize(("reduction", "accumulators"), [("mean", 1), ("none", 1)])

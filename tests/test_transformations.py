@@ -204,10 +204,10 @@ def test_the_rules_honour_a_cotangent_of_each_output(name, which, x64):
     g = jnp.asarray(g_loss), jnp.asarray(g_log_normalizer)
 
     def ours(logits, labels):
-        rows = Rows(logits, None, None, (1,))
+        rows = Rows(logits, None, None, None, (1,))
         if kind == "integer":
             return rule(rows, labels, None)
-        targets = Targets(labels, None, None, None, (1,), V, jnp.dtype(jnp.float64))
+        targets = Targets(labels, None, None, None, None, (1,), V, jnp.dtype(jnp.float64))
         return rule(rows, targets, None)
 
     def reference(logits, labels):
