@@ -141,7 +141,8 @@ def linear_softmax_cross_entropy(
         prediction of -1. The log-normalizer is differentiated exactly; with "mean" and "sum" that takes
         a second pass, if it is used.
       forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
-        `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+        `jax.jacfwd`, `jax.linearize` and reverse over forward mode. Reverse mode then sums the gradient
+        of a 16-bit kernel over the chunks in that type.
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
