@@ -325,7 +325,7 @@ class Batch:
             near += pick(self.kept, self.losses * tangents["weights"])
         if self.reduction == "none":
             return near, normalizers
-        near = near.sum() * self.scale
+        near = pick(self.scale != 0, near.sum() * self.scale)
         for k in self.divisor_by.keys() & tangents.keys():
             near += self.total * (-self.scale * (tangents[k] * self.divisor_by[k]).sum())
         return near, normalizers
