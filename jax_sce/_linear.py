@@ -141,8 +141,7 @@ def linear_softmax_cross_entropy(
         prediction of -1. The log-normalizer is differentiated exactly; with "mean" and "sum" that takes
         a second pass, if it is used.
       forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
-        `jax.jacfwd`, `jax.linearize` and reverse over forward mode. Reverse mode then sums the gradient
-        of a 16-bit kernel over the chunks in that type.
+        `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
@@ -393,7 +392,10 @@ def _values_jvp(plan, primals, tangents):  # forward over reverse mode of the ru
 
 
 def _values_forward(plan: Plan, head: Head, examples: Examples) -> _Values:
-    """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments."""
+    """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments. The
+    head is made wide before it: in its dtype, reverse mode sums the head's gradient over the chunks."""
+    dtype = _rows.compute_dtype(head.kernel.dtype)
+    head = jax.tree.map(lambda x: x.astype(dtype), head)
     return _scan(plan, head, examples, forward_mode=True)
 
 
@@ -440,7 +442,7 @@ def _nothing(plan: Plan, head: Head, shape: tuple[int, ...]) -> _Values:
 
 
 def _logits(head: Head, hidden: Array) -> Array:
-    logits = _dot(hidden, head.kernel)
+    logits = _dot(hidden, head.kernel.astype(hidden.dtype))
     return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
 

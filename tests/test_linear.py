@@ -584,6 +584,22 @@ def test_ejkernel_the_sum_of_weights_is_not_rounded_to_16_bits():
     np.testing.assert_allclose(loss, np.log(2), rtol=TOLERANCE["rounded"])
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_the_head_gradient_is_not_summed_in_16_bits(forward_mode):
+    n, dtype = 2047, jnp.bfloat16  # one lane, and chunks of one example
+
+    def loss(kernel, bias, class_weights):
+        return head(jnp.ones((n, 1), dtype), kernel, jnp.zeros(n, jnp.int32), bias=bias, reduction="sum",
+                    class_weights=class_weights, chunk_size=1, forward_mode=forward_mode)  # fmt: skip
+
+    zeros, ones = jnp.zeros(2, dtype), jnp.ones(2, dtype)
+    gradients = quick(jax.grad(loss, argnums=(0, 1, 2)))(zeros[None], zeros, ones)
+    for got, want in zip(
+        gradients, ([[-n / 2, n / 2]], [-n / 2, n / 2], [n * np.log(2), 0]), strict=True
+    ):
+        np.testing.assert_allclose(wide(got), want, rtol=TOLERANCE["bfloat16"][0])
+
+
 def test_liger_kernel_the_inputs_are_not_written_over():
     arguments = arrays(N, D, V, np.float32)
     before = {k: np.array(x) for k, x in arguments.items()}
