@@ -36,6 +36,7 @@ from ._trial import (
     normal,
     rows,
     run,
+    zeros,
 )
 
 Check = Callable[[Loss], Iterator[Measure]]
@@ -186,14 +187,14 @@ def _one_class(loss: Loss) -> Iterator[Measure]:
 
 
 def _no_examples(loss: Loss) -> Iterator[Measure]:
-    case = Case(np.zeros((0, 5), np.float32), np.zeros(0, np.int32), recipe=(
-        "logits = np.zeros((0, 5), np.float32)\nlabels = np.zeros(0, np.int32)"
-    ))  # fmt: skip
     if loss.reduces:
         raise NotApplicable("it returns a mean or a sum only")
-    with calling(loss, case, loss.call()):
-        got = loss.raw(*loss.arrays(case))
-    yield flag(loss, case, loss.call(), got.shape == (0,), f"has shape {got.shape}, and it is (0,)")
+    for v in (5, 512):
+        case = zeros(0, v)
+        losses, by_logits = derivative(loss, case)
+        says = f"has shapes {losses.shape} and {by_logits.shape}, and they are (0,) and {(0, v)}"
+        good = losses.shape == (0,) and by_logits.shape == (0, v)
+        yield flag(loss, case, f"{loss.call()}, {gradient_call(loss, case)}", good, says)
 
 
 # -- rows that are not ordinary -----------------------------------------------------------------------
@@ -502,6 +503,16 @@ def _vmap(loss: Loss) -> Iterator[Measure]:
     with calling(loss, case, call):
         got = jax.vmap(jax.grad(one))(logits, labels)
     yield measure(loss, case, call, got, exact.by_logits, ORDINARY, scale)
+    for axes, z, y, repeated in (
+        ((0, None), logits, labels[0], {"labels": case.labels[:1].repeat(5)}),
+        ((None, 0), logits[0], labels, {"logits": case.logits[:1].repeat(5, axis=0)}),
+    ):
+        of_one = ["logits[0]", "labels"] if axes[0] is None else ["logits", "labels[0]"]
+        call = f"jax.vmap({each}, {axes})({', '.join(of_one)})"
+        with calling(loss, case, call):
+            got = jax.vmap(one, axes)(z, y)
+        want = dataclasses.replace(case, **repeated).exact.loss
+        yield measure(loss, case, call, got, want, ORDINARY)
     call = f"jax.grad(lambda z: jnp.sum(jax.vmap({each})(z, labels)))(logits)"
     with calling(loss, case, call):
         got = jax.grad(lambda z: jnp.sum(jax.vmap(one)(z, labels)))(logits)
@@ -609,7 +620,8 @@ def _residuals(loss: Loss) -> Iterator[Measure]:
     def kept(*floats: Array) -> list[Array]:
         return jax.tree.leaves(jax.vjp(lambda *floats: loss.raw(*floats, *rest), *floats)[1])
 
-    jaxpr = jax.make_jaxpr(kept)(*floats).jaxpr
+    with calling(loss, case := zeros(n, v), gradient_call(loss, case)):
+        jaxpr = jax.make_jaxpr(kept)(*floats).jaxpr
     own = [x for x in jaxpr.outvars if x not in jaxpr.invars]
     count = sum(math.prod(getattr(x.aval, "shape", ())) >= n * v for x in own)
     says = f"reverse mode keeps {count} arrays of the size of the logits, beside its arguments"
@@ -626,7 +638,8 @@ def _head_memory(loss: Loss) -> Iterator[Measure]:
         jax.ShapeDtypeStruct((n,), jnp.int32),
     )
     fn = jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1))
-    memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
+    with calling(loss, case := zeros(n, v), gradient_call(loss, case)):
+        memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
     if memory is None:
         raise NotApplicable("this platform does not tell")
     share = memory.temp_size_in_bytes / (4 * n * v)

@@ -104,6 +104,12 @@ def distributions(n: int, v: int) -> Case:
     return _drawn(n, v, 0, "float32", f"draw.uniform(-0.5, 1, ({n}, {v})).astype(jnp.float32)")
 
 
+def zeros(n: int, v: int) -> Case:
+    recipe = f"logits = np.zeros(({n}, {v}), np.float32)\nlabels = np.zeros({n}, np.int32)"
+    names = run(recipe)
+    return Case(names["logits"], names["labels"], recipe=recipe)
+
+
 @functools.lru_cache(maxsize=32)
 def _drawn(n: int, v: int, seed: int, dtype: str, labels: str) -> Case:
     recipe = (
