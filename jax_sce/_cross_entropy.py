@@ -544,7 +544,8 @@ def _finish(
     """
     live = options.kept
     if options.weights is not None:
-        harmless = (options.weights != 0) | (jnp.isfinite(loss) & jnp.isfinite(log_normalizer))
+        weighted = loss if class_weight is None else times(class_weight, loss)
+        harmless = (options.weights != 0) | (jnp.isfinite(weighted) & jnp.isfinite(log_normalizer))
         live = both(live, harmless)
     if live is not None:
         loss, log_normalizer = jnp.where(live, loss, 0), jnp.where(live, log_normalizer, 0)

@@ -222,6 +222,18 @@ def test_the_first_label_that_is_no_class_is_loud_though_its_type_ends_there():
 # -- absent classes ------------------------------------------------------------------------------
 
 
+def test_the_derivative_by_a_weight_of_zero_is_the_loss_though_its_class_is_absent_and_weighs_nothing():
+    """Found by `test_properties.py`: the z-loss was left out."""
+    z = np.array([[1.0, -INF]], np.float32)
+
+    def loss(weight):
+        return INTEGER(
+            z, np.array([1]), weights=weight, class_weights=np.float32([1, 0]), z_loss=0.5
+        ).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(1)), [0.5])  # L is 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("how", ["-inf", "where"])
