@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from support import BOTH, DENSE, INTEGER, cotangents, quick, rng
 
 from jax_sce import linear_softmax_cross_entropy, shard
+from jax_sce.testing import conformance
 
 N, D, V = 8, 8, 16
 IGNORED = 7
@@ -253,6 +254,50 @@ def test_mistakes_with_shard_are_named(call, error, message):
     mesh, _ = make_mesh("2x4")
     with pytest.raises(error, match=message):
         call(mesh)
+
+
+# -- the promises of the conformance suite, at any size -----------------------------------------------
+
+# Those that a split can break; other tests of this file have shown the rest.
+PROMISED = (
+    "cotangents", "hidden states and kernel", "confident rows", "ties", "one class", "no examples",
+    "absent classes", "absent labels", "bad rows", "bad labels", "bfloat16", "second derivatives",
+)  # fmt: skip
+
+
+def fill(x, *multiples):
+    """With zeros, until its sizes are multiples of these."""
+    return jnp.pad(x, [(0, -n % m) for n, m in zip(x.shape, multiples, strict=True)])
+
+
+def at_any_size(kind):
+    """On 2 x 4 devices, of any number of examples and classes: more are added that do not count."""
+    mesh, classes = make_mesh("2x4")
+    loss = shard(FUNCTIONS[kind], mesh, classes=classes)
+
+    def adapted(*arrays, forward_mode=False):
+        *arrays, labels = arrays
+        n, v = len(arrays[0]), arrays[-1].shape[-1]
+        labels = labels.astype(jnp.int32)
+        labels = fill(jnp.where((labels >= 0) & (labels < v), labels, -1), 2)
+        options = {"weights": fill(jnp.ones(n), 2), "forward_mode": forward_mode}
+        there = jnp.arange(v + -v % 4) < v
+        if kind == "linear":
+            arrays = fill(arrays[0], 2, 1), fill(arrays[1], 1, 4)
+            options["bias"] = jnp.where(there, 0, -jnp.inf)
+        else:
+            arrays = (fill(*arrays, 2, 4),)
+            options["where"] = there[None]
+        return loss(*arrays, labels, **options)[:n]
+
+    return adapted
+
+
+@pytest.mark.usefixtures("lax_promotion")
+@pytest.mark.parametrize("kind", ["integer", "linear"])
+def test_shard_keeps_the_promises(kind):
+    report = conformance(at_any_size(kind), kind, options=["forward_mode"], promises=PROMISED)
+    assert report.holds, str(report)
 
 
 # -- axis_name ----------------------------------------------------------------------------------------
