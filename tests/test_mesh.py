@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from support import BOTH, DENSE, INTEGER, cotangents, quick, rng
 
 from jax_sce import linear_softmax_cross_entropy, shard
-from jax_sce.testing import conformance
+from jax_sce.testing import collectives, conformance
 
 N, D, V = 8, 8, 16
 IGNORED = 7

@@ -2,12 +2,14 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _OPERATION = re.compile(
     r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(?:-start)?\("
 )
+_OPERANDS = re.compile(r"%([\w.-]+)")
+_RESULT = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shapes>.*?) [\w-]+\(")
 _SHAPE = re.compile(r"(?P<dtype>[a-z]+[0-9]+|pred)\[(?P<sizes>[0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _CALLED = re.compile(
@@ -18,13 +20,22 @@ _LOOP = re.compile(r" while\(.*body=%?([\w.-]+)")
 
 
 class Collective(NamedTuple):
+    """One of a program's operations between devices."""
+
     kind: str
-    bytes: int  # of its result on each device
+    bytes: int  # on each device: of all that is summed or gathered
     in_loop: bool
 
 
-def collectives(compiled) -> list[Collective]:
-    """Of `jax.jit(f).lower(...).compile()`."""
+def collectives(compiled: Any) -> list[Collective]:
+    """What crosses the devices in a program, `jax.jit(f).lower(...).compile()`; of a loop, in one turn.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_sce.testing import collectives
+      >>> collectives(jax.jit(jnp.sum).lower(jnp.ones(8)).compile())
+      []
+    """
     computations: dict[str, list[str]] = {}
     for line in compiled.as_text().splitlines():
         if found := _COMPUTATION.match(line):
@@ -42,11 +53,19 @@ def collectives(compiled) -> list[Collective]:
                 called += [n.strip().lstrip("%") for n in names.split(",")]
             loops |= set(called) - inside
     return [
-        Collective(found["kind"], _bytes(found["shapes"]), name in inside)
+        Collective(found["kind"], _larger(found, line, lines), name in inside)
         for name, lines in computations.items()
         for line in lines
         if (found := _OPERATION.search(line))
     ]
+
+
+def _larger(found: re.Match[str], line: str, lines: list[str]) -> int:
+    """Of what goes in and what comes out: a gather's result, a scattered sum's operand."""
+    operands = set(_OPERANDS.findall(line[found.end() :].split(")")[0]))
+    results = (_RESULT.match(x) for x in lines)
+    given = sum(_bytes(x["shapes"]) for x in results if x and x["name"] in operands)
+    return max(given, _bytes(found["shapes"]))
 
 
 def _bytes(shapes: str) -> int:
