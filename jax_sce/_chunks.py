@@ -2,7 +2,7 @@
 
 The N examples are L lanes of n, and a chunk takes c from each lane: C = L c. With a lane for each
 device, whichever way the examples are split over the devices, each device has its part of every chunk
-and no example travels. On one device there is one lane.
+and no example travels. On one device there is one lane, and in a `jax.shard_map` over all axes too.
 """
 
 import functools
@@ -78,7 +78,7 @@ def plans(
     with_prediction: bool,
     axis_name: AxisName,
 ) -> Plans:
-    lanes = math.gcd(num_examples, jax.device_count()) if num_examples else 1
+    lanes = math.gcd(num_examples, _devices()) if num_examples else 1
     per_lane = num_examples // lanes
 
     def per_chunk(size: Size) -> int:
@@ -90,6 +90,15 @@ def plans(
         return Plan(lanes, per_lane, chunk, values, with_prediction, axis_name)
 
     return Plans(plan("cpu"), plan("default"))
+
+
+def _devices() -> int:
+    """Over how many the compiler may split the examples: inside `jax.shard_map`, those of the axes that
+    it leaves automatic."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return jax.device_count()
+    return math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
 
 
 def order(plan: Plan, live: Array | None) -> tuple[Array, Array | int]:
@@ -105,8 +114,13 @@ def order(plan: Plan, live: Array | None) -> tuple[Array, Array | int]:
 
 @jax.custom_jvp
 def take(x: Array, ids: Array) -> Array:
-    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]. Moved as bits."""
-    return _rows.from_bits(_take(_rows.to_bits(x), ids), x.dtype)
+    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]. On CPU moved as bits; on TPU they would be a copy of
+    all of `x`, made before the loop and held through it."""
+
+    def as_bits(x, ids):
+        return _rows.from_bits(_take(_rows.to_bits(x), ids), x.dtype)
+
+    return lax.platform_dependent(x, ids, cpu=as_bits, default=_take)
 
 
 @take.defjvp

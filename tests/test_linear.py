@@ -909,6 +909,15 @@ def test_a_16_bit_kernel_is_not_widened_for_the_gradient_of_the_hidden_states():
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * d * v
 
 
+def test_on_tpu_16_bit_hidden_states_are_not_copied_as_bits():
+    """XLA would make the copy of all of them before the loop, and hold it through the loop."""
+    at = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((64, 8), (8, 32))]
+    traced = jax.jit(head).trace(*at, jax.ShapeDtypeStruct((64,), jnp.int32))
+    for platform, copied in (("tpu", False), ("cpu", True)):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("bitcast_convert" in program) == copied
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_loss_alone_holds_a_chunk_of_values(dtype):
     n, d, v = LARGE

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from support import BOTH, DENSE, INTEGER, cotangents, quick, rng
 
-from jax_sce import linear_softmax_cross_entropy, shard
+from jax_sce import _chunks, linear_softmax_cross_entropy, shard
 from jax_sce.testing import collectives, conformance
 
 N, D, V = 8, 8, 16
@@ -274,12 +274,12 @@ def at_any_size(kind):
     mesh, classes = make_mesh("2x4")
     loss = shard(FUNCTIONS[kind], mesh, classes=classes)
 
-    def adapted(*arrays, forward_mode=False):
+    def adapted(*arrays):
         *arrays, labels = arrays
         n, v = len(arrays[0]), arrays[-1].shape[-1]
         labels = labels.astype(jnp.int32)
         labels = fill(jnp.where((labels >= 0) & (labels < v), labels, -1), 2)
-        options = {"weights": fill(jnp.ones(n), 2), "forward_mode": forward_mode}
+        options = {"weights": fill(jnp.ones(n), 2)}
         there = jnp.arange(v + -v % 4) < v
         if kind == "linear":
             arrays = fill(arrays[0], 2, 1), fill(arrays[1], 1, 4)
@@ -295,7 +295,7 @@ def at_any_size(kind):
 @pytest.mark.usefixtures("lax_promotion")
 @pytest.mark.parametrize("kind", ["integer", "linear"])
 def test_shard_keeps_the_promises(kind):
-    report = conformance(at_any_size(kind), kind, options=["forward_mode"], promises=PROMISED)
+    report = conformance(at_any_size(kind), kind, promises=PROMISED)
     assert report.holds, str(report)
 
 
@@ -399,6 +399,68 @@ def test_of_a_head_row_statistics_cross_and_each_gradient_once(kernel_spec):
     gathers = [("all-gather", of_kernel)] if kernel_spec[0] else []
     sums = [("all-reduce", 8), ("all-reduce", of_hidden), ("all-reduce", of_kernel)]
     assert rest == sorted(gathers + sums)
+
+
+def test_a_chunk_on_a_mesh_is_as_small_as_asked():
+    """Of 8 examples on each of 8 devices: the shard of one device is not laid out for eight."""
+    mesh, classes = make_mesh("1x8")
+    arrays = (
+        laid_out(mesh, jnp.float32, (8, 4)),
+        laid_out(mesh, jnp.float32, (4, 64), None, "model"),
+        laid_out(mesh, jnp.int32, (8,)),
+    )
+    loss = shard(linear_softmax_cross_entropy, mesh, classes=classes)
+    sent = collectives(compiled(functools.partial(loss, reduction="mean", chunk_size=2), *arrays))
+    assert sorted(x.bytes for x in sent if x.in_loop) == [2 * 4, 3 * 2 * 4]
+
+
+@pytest.mark.parametrize(("axes", "lanes"), [((), 8), (("model",), 2), (("data", "model"), 1)])
+def test_examples_have_a_lane_for_each_device_that_the_compiler_may_put_them_on(axes, lanes):
+    mesh, _ = make_mesh("2x4")
+    found = []
+
+    def look(x):
+        found.append(_chunks.plans(16, 8, None, False, None).default.lanes)
+        return x
+
+    if axes:
+        look = jax.shard_map(look, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=set(axes))
+    jax.jit(look).lower(jnp.ones(16))
+    assert found == [lanes]
+
+
+@pytest.mark.parametrize(
+    ("meshes", "kernel_spec"),
+    [
+        ([(2, 1), (4, 1), (8, 1)], (None, "model")),
+        ([(1, 2), (1, 4), (1, 8)], (None, "model")),
+        ([(2, 2), (4, 2), (2, 4)], (None, "model")),
+        ([(2, 2), (4, 2), (2, 4)], ("data", "model")),
+    ],
+)
+def test_what_a_device_holds_and_sends_does_not_grow_with_the_mesh(meshes, kernel_spec):
+    """As many examples and classes on each device, on more and more devices."""
+    n, d, v, chunk = 64, 32, 128, 16
+
+    def held_and_sent(shape):
+        devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+        mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+        arrays = (
+            laid_out(mesh, jnp.float32, (n * shape[0], d), "data", None),
+            laid_out(mesh, jnp.float32, (d, v * shape[1]), *kernel_spec),
+            laid_out(mesh, jnp.int32, (n * shape[0],), "data"),
+        )
+        loss = shard(linear_softmax_cross_entropy, mesh, classes="model")
+        fn = compiled(functools.partial(loss, reduction="mean", chunk_size=chunk), *arrays)
+        memory = fn.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        sent = sum(x.bytes * (n // chunk if x.in_loop else 1) for x in collectives(fn))
+        return held + memory.temp_size_in_bytes, sent
+
+    held, sent = zip(*map(held_and_sent, meshes), strict=True)
+    # The devices' numbers are a few bytes more; an array that were whole on each, of [n, d], 8 KiB.
+    assert max(held) <= held[0] + 1024
+    assert max(sent) <= sent[0]
 
 
 def test_of_logits_row_statistics_cross_in_the_forward_pass_and_nothing_in_the_backward_pass():
