@@ -271,9 +271,19 @@ def windows_at(tokens: np.ndarray, starts: np.ndarray, config: Config) -> np.nda
     return tokens[starts[..., None] + np.arange(config.context + 1)]
 
 
+def random_starts(tokens: np.ndarray, draws: np.random.Generator, config: Config) -> np.ndarray:
+    return draws.integers(len(tokens) - config.context, size=config.batch)
+
+
 def random_windows(tokens: np.ndarray, draws: np.random.Generator, config: Config) -> np.ndarray:
-    starts = draws.integers(len(tokens) - config.context, size=config.batch)
-    return windows_at(tokens, starts, config)
+    return windows_at(tokens, random_starts(tokens, draws, config), config)
+
+
+def held_out_starts(tokens: np.ndarray, config: Config) -> np.ndarray:
+    """The same windows at every validation, spread evenly over the held-out files: [batches, B]."""
+    last = len(tokens) - config.context - 1
+    starts = np.linspace(0, last, config.validation_batches * config.batch, dtype=np.int64)
+    return starts.reshape(-1, config.batch)
 
 
 class History(NamedTuple):
@@ -290,18 +300,12 @@ def train(
     seed: int,
     console: Console,
 ) -> History:
-    # The same windows at every validation, spread evenly over the held-out files.
-    last = len(corpus.validation) - config.context - 1
-    starts = np.linspace(0, last, config.validation_batches * config.batch, dtype=np.int64)
-    held_out = windows_at(corpus.validation, starts.reshape(-1, config.batch), config)
-
+    starts = held_out_starts(corpus.validation, config)
+    held_out = windows_at(corpus.validation, starts, config)
     optimizer = make_optimizer(model, config)
     history = History([], {0: float(evaluate(model, held_out, loss))}, [])
     draws = np.random.default_rng(seed)
-    interval = math.ceil(config.steps / config.evaluations)
-
-    columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("compiling", total=config.steps)
         for step in range(1, config.steps + 1):
             batch = random_windows(corpus.training, draws, config)
@@ -309,10 +313,19 @@ def train(
             # Reading the loss waits for the step to end, as the clock must.
             history.training.append(float(train_step(model, optimizer, batch, loss)))
             history.seconds.append(time.perf_counter() - start)
-            if step % interval == 0 or step == config.steps:
+            if is_evaluated(step, config):
                 history.validation[step] = float(evaluate(model, held_out, loss))
             progress.update(task, advance=1, description=describe(history, config))
     return history
+
+
+def is_evaluated(step: int, config: Config) -> bool:
+    return step % math.ceil(config.steps / config.evaluations) == 0 or step == config.steps
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()]
+    return Progress(*columns, TextColumn("{task.description}"), console=console)
 
 
 def describe(history: History, config: Config) -> str:
@@ -478,6 +491,26 @@ def draw(path: Path, history: History, config: Config, title: str) -> None:
     figure.savefig(path)
 
 
+def figures(history: History, config: Config, seconds: float) -> dict[str, str]:
+    first, *_, last = history.validation.values()
+    final = statistics.fmean(history.training[-20:])
+    return {
+        "steps": f"{config.steps:,}",
+        "tokens": f"{config.steps * config.batch * config.context:,}",
+        "seconds": f"{seconds:.1f}",
+        "tokens per second": f"{tokens_per_second(history, config):,.0f} (median step)",
+        "training loss": f"{history.training[0]:.3f} -> {final:.3f}",
+        "validation loss": f"{first:.3f} -> {last:.3f}",
+        "validation perplexity": f"{math.exp(first):,.0f} -> {math.exp(last):,.1f}",
+        "perplexity fell by": f"a factor of {math.exp(first - last):,.1f}",
+    }
+
+
+def show_figures(named: dict[str, str]) -> None:
+    for name, figure in named.items():
+        print(f"{name:>22}  {figure}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--loss", choices=LOSSES, default="fused")
@@ -538,22 +571,11 @@ def main() -> None:
     text = write(model, corpus.tokenizer, "class Reader:\n    def read(self", config, args.seed)
     console.print(Panel(Syntax(text, "python", word_wrap=True), title="The model writes"))
 
-    first, *_, last = history.validation.values()
-    final = statistics.fmean(history.training[-20:])
-    figures = {
+    show_figures({
         "parameters": f"{parameters:,}",
-        "steps": f"{config.steps:,}",
-        "tokens": f"{config.steps * config.batch * config.context:,}",
-        "seconds": f"{time.perf_counter() - began:.1f}",
-        "tokens per second": f"{tokens_per_second(history, config):,.0f} (median step)",
-        "training loss": f"{history.training[0]:.3f} -> {final:.3f}",
-        "validation loss": f"{first:.3f} -> {last:.3f}",
-        "validation perplexity": f"{math.exp(first):,.0f} -> {math.exp(last):,.1f}",
-        "perplexity fell by": f"a factor of {math.exp(first - last):,.1f}",
+        **figures(history, config, time.perf_counter() - began),
         "curves": str(path),
-    }
-    for name, figure in figures.items():
-        print(f"{name:>22}  {figure}")
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
