@@ -34,23 +34,17 @@ def total(axis_name: AxisName, x: Array) -> Array:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def largest(axis_name: AxisName, x: Array) -> Array:
     """The maximum over the devices; a constant to JAX's differentiation."""
+    x = lax.stop_gradient(x)  # `lax.pmax` has no derivative
     return x if axis_name is None else lax.pmax(x, axis_name)
-
-
-@largest.defjvp
-def _largest_jvp(axis_name, primals, tangents):
-    out = largest(axis_name, *primals)
-    return out, jnp.zeros_like(out)
 
 
 def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
     """Of the places of each device's largest logit, that of the largest of all, the first of several."""
     if axis_name is None:
         return place
-    leads = highest == lax.pmax(highest, axis_name)
+    leads = highest == largest(axis_name, highest)
     return lax.pmin(jnp.where(leads, place, jnp.iinfo(place.dtype).max), axis_name)
 
 

@@ -650,7 +650,9 @@ def _only(counts: Array | None, cotangent: Array, tell: Array) -> Array:
 
 def _pull(view, cotangent: Array):
     """The cotangent of what `view.read()` reads, in that view's own types and layout."""
-    return jax.vjp(type(view).read, view)[1](cotangent)[0]
+    out, pull = jax.vjp(type(view).read, view)
+    # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
+    return pull(_axis.vary(cotangent, _axis.varying(out)))[0]
 
 
 # Forward mode: the same maps, contracted with a tangent. Under `jax.checkpoint`, reverse mode over the
