@@ -362,20 +362,17 @@ def _zeros(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _chunk(plan: Plan, examples: Examples, ids: Array) -> Examples:
-    """Those examples; n, which is none, is not kept. The hidden state of one that does not count is made
-    0 before an infinity or NaN in it reaches the kernel's gradient."""
+    """Those examples; n, which is none, is not kept, nor is one of weight 0 whose hidden state is not
+    finite. Where none is kept the hidden state is 0, before an infinity or NaN in it reaches the kernel's
+    gradient."""
     chunk = jax.tree.map(lambda x: _chunks.take(x, ids), examples)
     has_all = chunk.kept is None and chunk.weights is None and plan.per_lane % plan.chunk == 0
-    if not has_all:
-        exists = (ids < plan.per_lane).reshape(-1)
-        chunk = chunk._replace(kept=both(chunk.kept, exists))
-    clean = chunk.kept
-    if chunk.weights is not None:
-        harmless = (chunk.weights != 0) | jnp.all(jnp.isfinite(chunk.hidden), axis=-1)
-        clean = both(clean, harmless)
-    if clean is None:
+    if has_all:
         return chunk
-    return chunk._replace(hidden=jnp.where(clean[:, None], chunk.hidden, 0))
+    kept = both(chunk.kept, (ids < plan.per_lane).reshape(-1))
+    if chunk.weights is not None:
+        kept &= (chunk.weights != 0) | jnp.all(jnp.isfinite(chunk.hidden), axis=-1)
+    return chunk._replace(kept=kept, hidden=jnp.where(kept[:, None], chunk.hidden, 0))
 
 
 # -- values -------------------------------------------------------------------------------------------

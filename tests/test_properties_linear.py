@@ -167,7 +167,9 @@ class Head:
             self.precision,
             self.blur,
         )
-        self.left_out = ~self.batch.counts & ~np.isfinite(self.hidden).all(-1)
+        # By a weight of 0 the derivative is 0 where the hidden state is not finite, whatever its loss.
+        left_out = ~self.batch.counts & ~np.isfinite(self.hidden).all(-1)
+        self.batch.losses = pick(~left_out, self.batch.losses)
         # The hidden state of an example that does not count goes nowhere, whatever it is.
         self.hidden = np.where(self.batch.counts[:, None], self.hidden, 0)
 
@@ -185,9 +187,6 @@ class Head:
             if name == "kernel":
                 return (near.T @ self.hidden).T
             near = near @ self.kernel.T
-        if name == "weights":
-            # By a weight of 0 it is some loss of a hidden state that is not finite, with a cap a number.
-            return pick(~self.left_out, near, NAN)
         # Until the backward pass what an example has of its own is kept in its dtype.
         return near.rounded(self.dtypes[name], self.precision) if name in self.dtypes else near
 
