@@ -363,8 +363,8 @@ def _zeros(x: Array, dtype: jnp.dtype) -> Array:
 
 def _chunk(plan: Plan, examples: Examples, ids: Array) -> Examples:
     """Those examples; n, which is none, is not kept, nor is one of weight 0 whose hidden state is not
-    finite. Where none is kept the hidden state is 0, before an infinity or NaN in it reaches the kernel's
-    gradient."""
+    finite. What is not kept has a hidden state of 0, before an infinity or NaN in it reaches the
+    kernel's gradient."""
     chunk = jax.tree.map(lambda x: _chunks.take(x, ids), examples)
     has_all = chunk.kept is None and chunk.weights is None and plan.per_lane % plan.chunk == 0
     if has_all:

@@ -32,8 +32,9 @@ def shard(
 
     The examples are split over `batch`, the classes over `classes`. Between the devices of `classes`
     row statistics alone cross. A kernel that lives split over `batch` too (FSDP) is gathered once,
-    before the chunks, and its gradient is reduced once, after them. "sum" and "mean" are over the whole
-    batch, and a mean divides by all of its weight.
+    before the chunks, and its gradient is reduced once, after them: each device sums its own part where
+    JAX knows the layout, which it does not under `jax.jit` on automatic axes. "sum" and "mean" are over
+    the whole batch, and a mean divides by all of its weight.
 
     Args:
       loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels` or
