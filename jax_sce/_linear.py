@@ -280,7 +280,7 @@ def run(setting: Setting, arrays: tuple["Head", "Examples"]) -> Any:
                           setting.return_aux, setting.classes)  # fmt: skip
     lanes = plans.default.shape
     examples = jax.tree.map(lambda x: x.reshape(*lanes, *x.shape[len(batch) :]), examples)
-    head, examples = _prepare(head, examples, setting.classes)
+    head, examples = _prepare(head, _leave_out_rubbish(examples), setting.classes)
     if setting.forward_mode:
         loss, aux = plans.run(_values_forward, head, examples)
     elif reduction == "none" or head.kernel.dtype == jnp.float16:
@@ -345,6 +345,14 @@ def _in_automatic_mode(setting: Setting, hidden: Array) -> Callable[..., Any]:
     return jax.sharding.auto_axes(functools.partial(run, setting), out_sharding=shardings)
 
 
+def _leave_out_rubbish(examples: Examples) -> Examples:
+    """Those of weight 0 whose hidden states are not finite are not kept."""
+    if examples.weights is None:
+        return examples
+    harmless = (examples.weights != 0) | jnp.all(jnp.isfinite(examples.hidden), axis=-1)
+    return examples._replace(kept=both(examples.kept, harmless))
+
+
 def _prepare(head: Head, examples: Examples, axis_name: AxisName) -> tuple[Head, Examples]:
     """Inside `jax.shard_map`, what varies over a mesh axis makes all else vary: a kernel that each
     device holds whole gets a gradient on each, and JAX sums them once, outside the rules. Over the
@@ -362,16 +370,13 @@ def _zeros(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _chunk(plan: Plan, examples: Examples, ids: Array) -> Examples:
-    """Those examples; n, which is none, is not kept, nor is one of weight 0 whose hidden state is not
-    finite. What is not kept has a hidden state of 0, before an infinity or NaN in it reaches the
-    kernel's gradient."""
+    """Those examples; n, which is none, is not kept. What is not kept has a hidden state of 0, before an
+    infinity or NaN in it reaches the kernel's gradient."""
     chunk = jax.tree.map(lambda x: _chunks.take(x, ids), examples)
-    has_all = chunk.kept is None and chunk.weights is None and plan.per_lane % plan.chunk == 0
-    if has_all:
+    if chunk.kept is None and plan.per_lane % plan.chunk == 0:
         return chunk
-    kept = both(chunk.kept, (ids < plan.per_lane).reshape(-1))
-    if chunk.weights is not None:
-        kept &= (chunk.weights != 0) | jnp.all(jnp.isfinite(chunk.hidden), axis=-1)
+    exists = (ids < plan.per_lane).reshape(-1)
+    kept = exists if chunk.kept is None else chunk.kept & exists
     return chunk._replace(kept=kept, hidden=jnp.where(kept[:, None], chunk.hidden, 0))
 
 

@@ -251,7 +251,9 @@ OF_TARGETS = {"labels", "class_weights", "label_smoothing"}
 class Batch:
     """The examples of some logits, [N, V], with their weights and their reduction."""
 
-    def __init__(self, logits, arguments, ignore_index, reduction, precision, blur=None):
+    def __init__(
+        self, logits, arguments, ignore_index, reduction, precision, blur=None, left_out=False
+    ):
         (n, v), labels = logits.shape, arguments["labels"]
         where = arguments.get("where", np.ones(n, bool))
         there = where if where.ndim == 2 else np.repeat(where[:, None], v, axis=1)
@@ -266,7 +268,8 @@ class Batch:
             row_of(z, y, classes, options, precision, moved, n)
             for z, y, classes, moved in zip(logits, targets, there, blur, strict=True)
         ]
-        self.kept = there.any(-1) & (not has_ids or ignore_index is None or labels != ignore_index)
+        ignored = has_ids and ignore_index is not None and labels == ignore_index
+        self.kept = there.any(-1) & ~np.broadcast_to(ignored | left_out, n)
         self.weights = np.where(self.kept, wide(arguments.get("weights", np.ones(n))), 0)
         self.counts = self.weights != 0
         self.losses = pick(self.kept, stack([row.loss for row in self.rows]))

@@ -28,7 +28,6 @@ from contract import (
     draw_tangent,
     exactly,
     nothing,
-    pick,
     precision_of,
     some_of,
     what_is_not_finite,
@@ -159,6 +158,9 @@ class Head:
         whole = [np.round(x) == x for x in (self.kernel, bias[np.isfinite(bias)])]
         if all(map(np.all, whole)):
             self.blur *= (np.round(self.hidden) != self.hidden).any(-1)
+        # A weight of 0 leaves out a hidden state that is not finite, for the derivative by it, too.
+        weights = arguments.get("weights", np.ones(len(self.hidden)))
+        left_out = (weights == 0) & ~np.isfinite(self.hidden).all(-1)
         self.batch = Batch(
             self.logits,
             arguments,
@@ -166,10 +168,8 @@ class Head:
             problem.reduction,
             self.precision,
             self.blur,
+            left_out,
         )
-        # By a weight of 0 the derivative is 0 where the hidden state is not finite, whatever its loss.
-        left_out = ~self.batch.counts & ~np.isfinite(self.hidden).all(-1)
-        self.batch.losses = pick(~left_out, self.batch.losses)
         # The hidden state of an example that does not count goes nowhere, whatever it is.
         self.hidden = np.where(self.batch.counts[:, None], self.hidden, 0)
 
