@@ -41,6 +41,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from functools import partial
@@ -60,6 +61,7 @@ from train_language_model import Config, Corpus, History, Loss, Transformer
 import jax_sce
 
 AXES = ("data", "model")
+LAUNCHER = "TRAIN_ON_A_MESH_LAUNCHER"  # its process, for those that it starts
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 
 
@@ -240,7 +242,7 @@ def start_processes(count: int, resumable: bool) -> None:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process-id"]
-    environment = {"JAX_PLATFORMS": "cpu", **os.environ}
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ, LAUNCHER: str(os.getpid())}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     processes: list[subprocess.Popen] = []
     codes: list[int | None] = [None]
@@ -261,6 +263,18 @@ def start_processes(count: int, resumable: bool) -> None:
         code, i = min((code, i) for i, code in enumerate(codes) if code)
         how = f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
         raise SystemExit(f"Process {i} {how}, and the others were ended. {advice(resumable)}")
+
+
+def end_with_launcher() -> None:
+    """Ends this process when the one that started it is gone, however that ended."""
+    if launcher := os.environ.get(LAUNCHER):
+
+        def watch() -> None:
+            while os.getppid() == int(launcher):
+                time.sleep(0.5)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def advice(resumable: bool) -> str:
@@ -338,6 +352,7 @@ def main() -> None:
     if args.processes > 1 and args.coordinator is None:
         return start_processes(args.processes, resumable)
 
+    end_with_launcher()
     # Before the backend starts. Of other platforms the devices are what they are.
     jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
     if args.coordinator is not None:

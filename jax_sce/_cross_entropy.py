@@ -63,7 +63,8 @@ def softmax_cross_entropy(
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
         is the number of classes on this device, in the logits and in all that has classes, and the
         loss is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
-        examples of this device.
+        examples of this device. Under `check_vma=False` differentiate outside the `jax.shard_map`:
+        inside, JAX adds up the losses of these devices, and gradients are as many times too large.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -157,7 +158,8 @@ def softmax_cross_entropy_with_integer_labels(
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
         is the number of classes on this device, in the logits and in all that has classes, and the
         loss is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
-        examples of this device.
+        examples of this device. Under `check_vma=False` differentiate outside the `jax.shard_map`:
+        inside, JAX adds up the losses of these devices, and gradients are as many times too large.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 

@@ -134,7 +134,8 @@ def linear_softmax_cross_entropy(
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
         is the number of classes on this device, in the kernel and in all that has classes, and the loss
         is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
-        examples of this device.
+        examples of this device. Under `check_vma=False` differentiate outside the `jax.shard_map`:
+        inside, JAX adds up the losses of these devices, and gradients are as many times too large.
       chunk_size: Examples in a chunk, whose float32 logits are held; None chooses from the shapes, so
         that those take 128 MiB at most on CPU and 1 GiB elsewhere.
       return_aux: Also return a `CrossEntropyAux`, [N...] each; of examples that do not count 0, and a

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -48,9 +49,9 @@ def shard(
       The function. It takes the arguments of `loss`, but `axis_name`.
 
     Raises:
-      TypeError, ValueError: `loss` is not one of the three, the mesh lacks an axis, or examples or
-        classes do not divide evenly over it. Pad a head with columns whose `bias` is -inf: those are
-        absent classes. Of logits, mask them with `where`.
+      TypeError, ValueError: `loss` is not one of the three, the mesh lacks an axis or has axes of both
+        types, or examples or classes do not divide evenly over it. Pad a head with columns whose `bias`
+        is -inf: those are absent classes. Of logits, mask them with `where`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,12 +66,17 @@ def shard(
       Shoeybi et al. (2019), "Megatron-LM", arXiv:1909.08053, section 3, for a cross-entropy of which
       only sums over the classes cross the devices.
     """
-    if loss not in _LOSSES:
+    if not callable(loss) or loss not in _LOSSES:
         known = ", ".join(function.__name__ for function in _LOSSES)
-        raise ValueError(f"loss must be one of {known}, got {loss!r}")
+        raise ValueError(f"loss must be one of {known} (options go to the call), got {loss!r}")
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {mesh!r}")
     read, plan = _LOSSES[loss]
     signature = inspect.signature(loss)
     of_batch, of_classes = _axes("batch", batch), _axes("classes", classes)
+    used = of_batch + of_classes
+    if len(set(used)) < len(used):
+        raise ValueError(f"batch and classes must name an axis once, got {batch!r} and {classes!r}")
 
     @functools.wraps(loss)
     def sharded(*args: Any, **kwargs: Any) -> Any:
@@ -86,12 +92,20 @@ def shard(
                 raise ValueError(
                     f"{name} must name axes of the mesh, {on.axis_names}, got {missing[0]!r}"
                 )
+        if manual := sorted(set(used) & set(on.manual_axes)):
+            raise ValueError(
+                f"mesh must not be manual over {manual[0]!r}: inside jax.shard_map, give axis_name"
+            )
+        if on.explicit_axes and len(on.explicit_axes) < len(on.axis_names):
+            raise ValueError(f"mesh must have axes of one type, got {on.axis_types}")
+        if jnp.size(bound.arguments["labels"]) == 0:  # XLA compiles no program of no operands
+            return loss(*args, **kwargs)
         setting, arrays = read(**bound.arguments)
         program = plan(on, of_batch, of_classes, setting, arrays)
         if on.explicit_axes:
             shardings = jax.tree.map(functools.partial(NamedSharding, on), program.in_specs)
             arrays = jax.tree.map(jax.sharding.reshard, arrays, shardings)
-        return _compiled(program, mesh)(arrays)
+        return _compiled(program, mesh, on)(arrays)
 
     return sharded
 
@@ -119,7 +133,11 @@ class _Program(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(program: _Program, mesh: Mesh | AbstractMesh | None) -> Callable[..., Any]:
+def _compiled(
+    program: _Program, mesh: Mesh | AbstractMesh | None, on: Mesh | AbstractMesh
+) -> Callable[..., Any]:
+    """For that mesh, or else for the ambient one, which it is `on`."""
+
     def on_each_device(arrays: Any) -> Any:
         if program.gather:
             head, examples = arrays

@@ -1,6 +1,7 @@
 """Classes and examples split over devices: values and gradients as on one, and little crosses."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from support import BOTH, DENSE, INTEGER, cotangents, quick, rng
 
+import jax_sce
 from jax_sce import _chunks, linear_softmax_cross_entropy, shard
 from jax_sce.testing import collectives, conformance
 
@@ -28,6 +30,11 @@ MESHES = {
 def make_mesh(name, axis_type=AxisType.Auto):
     sizes, names, classes = MESHES[name]
     return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(sizes)), classes
+
+
+def two_types():
+    types = AxisType.Auto, AxisType.Explicit
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=types)
 
 
 # Sums over devices are taken in another order: 1e-5 of the largest, in float32.
@@ -120,6 +127,39 @@ def test_shard_is_the_function_of_one_device(mesh, kind, reduction, axis_type):
         loss = shard(FUNCTIONS[kind], classes=classes)  # on the ambient mesh
         got = derivatives(loss, floats, rest, reduction=reduction)
     assert_close(got, want)
+
+
+def test_the_ambient_mesh_may_change():
+    loss, want = shard(INTEGER, classes="model"), INTEGER(logits(), labels("integer"))
+    for name in ("2x4", "4x2", "2x4"):
+        with jax.set_mesh(make_mesh(name)[0]):
+            assert_close(loss(logits(), labels("integer")), want)
+
+
+@pytest.mark.parametrize("kind", ["integer", "linear"])
+def test_every_class_is_some_label(kind):
+    """The first and the last of each device's among them."""
+    mesh, classes = make_mesh("1x8")
+    z = rng(9).normal(size=(V, V)).astype(np.float32)
+    floats = (
+        {"logits": z} if kind == "integer" else {"hidden": np.eye(V, dtype=np.float32), "kernel": z}
+    )
+    rest = {"labels": rng(10).permutation(V).astype(np.int32)}
+    want = derivatives(FUNCTIONS[kind], floats, rest)
+    assert_close(derivatives(shard(FUNCTIONS[kind], mesh, classes=classes), floats, rest), want)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_examples(kind, reduction):
+    mesh, classes = make_mesh("2x4")
+    floats, rest = arguments(kind, plain=True)
+    name = "hidden" if kind == "linear" else "logits"
+    floats[name], rest["labels"] = floats[name][:0], rest["labels"][:0]
+    loss = shard(FUNCTIONS[kind], mesh, classes=classes)
+    value, gradients = jax.value_and_grad(lambda x: loss(**x, **rest, reduction=reduction))(floats)
+    assert value == 0
+    jax.tree.map(np.testing.assert_array_equal, gradients, jax.tree.map(np.zeros_like, floats))
 
 
 @pytest.mark.parametrize("axis", [0, 1, (2, 0)])
@@ -236,7 +276,15 @@ def test_a_bad_label_and_a_bad_row_are_loud_on_all_devices():
     ("call", "error", "message"),
     [
         (lambda m: shard(jnp.sum, m), ValueError, "loss must be one of softmax_cross_entropy, "),
+        (lambda m: shard([], m), ValueError, "loss must be one of softmax_cross_entropy, "),
+        (lambda m: shard(INTEGER, "data"), TypeError, "mesh must be a jax.sharding.Mesh or None, got"),
         (lambda m: shard(INTEGER, m, batch=3), TypeError, "batch must be the name of a mesh axis"),
+        (lambda m: shard(INTEGER, m, classes="data"), ValueError,
+         "batch and classes must name an axis once, got 'data' and 'data'"),
+        (lambda m: shard(INTEGER, two_types())(logits(), labels("integer")), ValueError,
+         r"mesh must have axes of one type, got \(Auto, Explicit\)"),
+        (lambda m: jax.shard_map(shard(INTEGER), mesh=m, in_specs=P("data"), out_specs=P("data"))(
+            logits(), labels("integer")), ValueError, "mesh must not be manual over 'data'"),
         (lambda m: shard(INTEGER, m, batch="dat")(logits(), labels("integer")), ValueError,
          r"batch must name axes of the mesh, \('data', 'model'\), got 'dat'"),
         (lambda m: shard(INTEGER)(logits(), labels("integer")), ValueError, "mesh must be given"),
@@ -363,11 +411,47 @@ def test_second_derivatives(kind, name, check_vma):
     assert_close(second(inside(FUNCTIONS[kind], floats, rest, check_vma)), want)
 
 
+@pytest.mark.parametrize(("check_vma", "times"), [(True, 1), (False, 4)])
+def test_a_gradient_that_is_taken_inside(check_vma, times):
+    """Unchecked, JAX differentiates the sum of the losses of the four devices."""
+    mesh, _ = make_mesh("2x4")
+
+    def gradient(z, ids, **options):
+        return jax.grad(lambda z: INTEGER(z, ids, reduction="sum", **options))(z)
+
+    specs = P("data", "model"), P("data")
+    inside = jax.shard_map(functools.partial(gradient, axis_name="model"), mesh=mesh, in_specs=specs,
+                           out_specs=specs[0], check_vma=check_vma)  # fmt: skip
+    want = times * gradient(logits(), labels("integer"))
+    assert_close(inside(logits(), labels("integer")), want)
+
+
 def test_an_axis_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="axis_name must name an axis of the mesh inside"):
         INTEGER(logits(), labels("integer"), axis_name="model")
     with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis"):
         INTEGER(logits(), labels("integer"), axis_name=0)
+
+
+def test_the_readers_recipe():
+    """README.md's, of a transformer that looks its states up."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    recipe = text.partition("## On a mesh\n\n```python\n")[2].partition("```")[0]
+    set_mesh, _, rest = recipe.partition("\n")
+
+    def transformer(params, tokens):
+        return jax.nn.one_hot(tokens, N) @ params["embedding"]
+
+    names = {"jax": jax, "jax_sce": jax_sce, "transformer": transformer}
+    floats, ids = arguments("linear", plain=True)[0], labels("integer")
+    params = {"embedding": floats["hidden"], "head": floats["kernel"]}
+    with eval(set_mesh, names):
+        exec(rest, names)
+        split = (jax.device_put(x, P("data")) for x in (np.arange(N), ids))
+        got = names["value_and_gradient"](params, *split)
+    loss = functools.partial(linear_softmax_cross_entropy, reduction="mean")
+    want = jax.value_and_grad(lambda p: loss(p["embedding"], p["head"], ids))(params)
+    assert_close(got, want)
 
 
 # -- what crosses -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import optax
 import pytest
 from support import BOTH, DENSE, INTEGER, cotangents, one_hot, rng
 
-from jax_sce.testing import assert_matches_reference
+from jax_sce.testing import assert_matches_reference, collectives
 
 N, V = 6, 5
 LOGITS = rng(60).normal(size=(N, V)).astype(np.float32)
@@ -210,3 +210,24 @@ def test_a_tolerance_can_be_given():
     with pytest.raises(AssertionError):
         assert_matches_reference(off, LOGITS, IDS, rtol=1e-5)
     assert np.unique(cotangents(N)).size > 1
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("%b = f32[64]{0} all-gather(%a), dimensions={0}", 256),
+        ("%b = (f32[8]{0}, f32[64]{0}) all-gather-start(%a), dimensions={0}", 256),
+        ("%b = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a)", 32),
+        ("%b = f32[8]{0} all-reduce-start(%a), to_apply=%add", 32),
+        ("%b = f32[1]{0} reduce-scatter(%a), to_apply=%add", 32),
+        ("%b = f8e4m3fn[64]{0} all-gather(%a)", 64),
+        ("%b = f32[8]{0} ragged-all-to-all(%a)", 32),
+    ],
+)
+def test_collectives_counts_all_that_is_sent(line, size):
+    class Program:
+        def as_text(self):
+            return f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0}} parameter(0)\n  {line}\n}}"
+
+    (found,) = collectives(Program())
+    assert (found.bytes, found.in_loop) == (size, False)

@@ -1,10 +1,12 @@
 """The example on a mesh: the curve of one device, in one process and in two, whatever kills a run."""
 
+import os
 import random
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,8 +59,9 @@ def test_the_curve_is_that_of_one_device(processes, undisturbed, one_device):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(processes, work, undisturbed):
-    folder = work / f"killed-{processes}"
-    killed = kills.kill(work, folder, processes, random.Random())
+    folder, seed = work / f"killed-{processes}", random.randrange(2**32)
+    print("seed", seed)  # of the step and the moment
+    killed = kills.kill(work, folder, processes, random.Random(seed))
     if processes == 2:
         # A connection broke; or else, as in the midst of a checkpoint, JAX missed its heartbeat.
         assert re.search("or lost another|another task died", killed.survivor)
@@ -68,23 +71,56 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(processes, work, undisturbe
     assert resumed.lost <= 3 * kills.EVERY  # one checkpoint may be on its way to the disk
 
 
+LAUNCHED = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import train_on_a_mesh
+if "--process-id" not in sys.argv:
+    train_on_a_mesh.start_processes(2, resumable=True)
+train_on_a_mesh.end_with_launcher()
+open(sys.argv[-1] + ".pid", "w").write(str(os.getpid()))
+{then}
+time.sleep(100)
+"""
+
+
+def launched(folder, then):
+    """A launcher whose processes each do that."""
+    script = folder / "launched.py"
+    examples = str(Path(train_on_a_mesh.__file__).parent)
+    script.write_text(LAUNCHED.format(folder=examples, then=then))
+    return subprocess.Popen([sys.executable, script], cwd=folder, stderr=subprocess.PIPE, text=True)
+
+
 def test_a_process_that_is_lost_ends_those_started_with_it(tmp_path):
-    script = tmp_path / "lost.py"
-    script.write_text(
-        "import os, sys, time\n"
-        f"sys.path.insert(0, {str(train_on_a_mesh.__file__.rpartition('/')[0])!r})\n"
-        "if '--process-id' not in sys.argv:\n"
-        "    import train_on_a_mesh\n"
-        "    train_on_a_mesh.start_processes(2, resumable=True)\n"
-        "if sys.argv[-1] == '1':\n"
-        "    os.kill(os.getpid(), 9)\n"
-        "time.sleep(100)\n"
-    )
-    start = time.perf_counter()
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert time.perf_counter() - start < 60
-    assert run.returncode == 1
-    assert run.stderr.startswith("Process 1 was ended by SIGKILL, and the others were ended. ")
+    then = "if sys.argv[-1] == '1': os.kill(os.getpid(), 9)"
+    with launched(tmp_path, then) as launcher:
+        _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert told.startswith("Process 1 was ended by SIGKILL, and the others were ended. ")
+
+
+def test_a_launcher_that_is_lost_ends_those_that_it_started(tmp_path):
+    files = [tmp_path / f"{i}.pid" for i in range(2)]
+    with launched(tmp_path, "pass") as launcher:
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+        launcher.kill()
+        wait_until(lambda: not any(is_alive(int(file.read_text())) for file in files))
+
+
+def wait_until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_each_device_holds_its_rows_of_the_embedding():

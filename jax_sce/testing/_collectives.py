@@ -5,12 +5,12 @@ import re
 from typing import Any, NamedTuple
 
 _OPERATION = re.compile(
-    r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
+    r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|"
+    r"collective-permute|collective-broadcast)(?P<start>-start)?\("
 )
 _OPERANDS = re.compile(r"%([\w.-]+)")
 _RESULT = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shapes>.*?) [\w-]+\(")
-_SHAPE = re.compile(r"(?P<dtype>[a-z]+[0-9]+|pred)\[(?P<sizes>[0-9,]*)\]")
+_SHAPE = re.compile(r"(?P<dtype>[a-z]+(?P<bits>[0-9]+)[a-z0-9]*|pred)\[(?P<sizes>[0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
@@ -65,12 +65,14 @@ def _larger(found: re.Match[str], line: str, lines: list[str]) -> int:
     operands = set(_OPERANDS.findall(line[found.end() :].split(")")[0]))
     results = (_RESULT.match(x) for x in lines)
     given = sum(_bytes(x["shapes"]) for x in results if x and x["name"] in operands)
-    return max(given, _bytes(found["shapes"]))
+    came = _bytes(found["shapes"].replace("u32[]", "") if found["start"] else found["shapes"])
+    # What starts an operation has its operands in its result, or nothing else than its result.
+    return max(given, came - given if found["start"] else came)
 
 
 def _bytes(shapes: str) -> int:
     total = 0
     for found in _SHAPE.finditer(shapes):
-        bits = 8 if found["dtype"] == "pred" else int(re.sub("[a-z]+", "", found["dtype"]))
+        bits = int(found["bits"] or 8)  # of a bool 8
         total += math.prod(int(n) for n in found["sizes"].split(",") if n) * bits // 8
     return total
