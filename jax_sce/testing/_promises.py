@@ -410,7 +410,8 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
 
 
 def _every_output(loss: Loss) -> Iterator[Measure]:
-    g, h = np.array([1.0, -0.5, 0.25, 2.0, -1.5]), np.array([0.5, 3.0, -1.0, 0.0, 0.25])
+    g = np.array([1.0, -0.5, 0.25, 2.0, -1.5], np.float32)
+    h = np.array([0.5, 3.0, -1.0, 0.0, 0.25], np.float32)
     case = normal(5, 37).and_then(f"g, h = {literal(g)}, {literal(h)}")
     arrays = loss.arrays(case)
 
