@@ -880,6 +880,7 @@ def test_a_chunk_is_large_enough_and_its_logits_are_bounded():
     plan = _chunks.plans(2048, 32000, None, False, None).cpu
     assert (plan.lanes * plan.chunk, plan.lanes * plan.chunk_of_values) == (256, 128)
     assert _chunks.plans(256, 32000, None, False, None).cpu.chunks == 1
+    assert _chunks.plans(7, 10, 1, False, None).cpu.chunk == 1  # as is asked for
 
 
 @pytest.mark.parametrize(("reduction", "accumulators"), [("mean", 1), ("none", 1)])

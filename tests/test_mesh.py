@@ -549,6 +549,21 @@ def test_what_a_device_holds_and_sends_does_not_grow_with_the_mesh(meshes, kerne
     assert max(sent) <= sent[0]
 
 
+def test_each_device_sums_its_part_of_a_kernel_whose_layout_is_known():
+    n, d, v = 256, 32, 1024
+    mesh, classes = make_mesh("2x4", AxisType.Explicit)
+    hidden = laid_out(mesh, jnp.float32, (n, d), "data", None)
+    kernel = laid_out(mesh, jnp.float32, (d, v), "data", "model")
+    with jax.set_mesh(mesh):
+        loss = functools.partial(
+            shard(linear_softmax_cross_entropy, classes=classes), reduction="sum"
+        )
+        program = compiled(loss, hidden, kernel, laid_out(mesh, jnp.int32, (n,), "data"))
+    of_kernel = d * v // 4 * 4
+    crossing = sorted(x.kind for x in collectives(program) if x.bytes == of_kernel)
+    assert crossing == ["all-gather", "reduce-scatter"]
+
+
 def test_of_logits_row_statistics_cross_in_the_forward_pass_and_nothing_in_the_backward_pass():
     n, v = 256, 1024
     mesh, classes = make_mesh("2x4")
