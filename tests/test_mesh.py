@@ -174,6 +174,19 @@ def test_classes_on_any_axis(axis):
     assert_close(derivatives(shard(INTEGER, mesh, classes=classes), {"logits": z}, rest), want)
 
 
+@pytest.mark.parametrize("kind", ["integer", "linear"])
+def test_a_single_example_is_on_all_devices_of_the_batch(kind):
+    mesh, classes = make_mesh("2x4")
+    r = rng(11)
+    floats = {"logits": r.normal(size=V).astype(np.float32)}
+    if kind == "linear":  # whose number of features two devices do not divide
+        sizes = {"hidden": 7, "kernel": (7, V)}
+        floats = {k: r.normal(size=size).astype(np.float32) for k, size in sizes.items()}
+    rest = {"labels": np.int32(3)}
+    want = derivatives(FUNCTIONS[kind], floats, rest)
+    assert_close(derivatives(shard(FUNCTIONS[kind], mesh, classes=classes), floats, rest), want)
+
+
 def test_a_mean_divides_by_the_weight_of_the_whole_batch():
     """However unevenly the ignored examples fall: here all on one device."""
     mesh, classes = make_mesh("2x4")
@@ -292,6 +305,11 @@ def test_a_bad_label_and_a_bad_row_are_loud_on_all_devices():
          "the first axis of the examples must divide evenly over the 2 devices of data, got 7"),
         (lambda m: shard(INTEGER, m, classes="model")(logits()[:, :14], labels("integer")),
          ValueError, "the classes must divide evenly over the 4 devices of model, got 14"),
+        (lambda m: shard(INTEGER, m)(np.zeros((3, 8, V)), np.zeros((3, 8), int)), ValueError,
+         "the first axis of the examples must divide evenly over the 2 devices of data, got 3"),
+        (lambda m: shard(INTEGER, m, classes="model")(
+            np.zeros((8, 3, 4)), np.zeros(8, int), axis=(1, 2)), ValueError,
+         "the first class axis must divide evenly over the 4 devices of model, got 3"),
         (lambda m: shard(INTEGER, m)(logits(), labels("integer"), axis_name="model"), ValueError,
          "axis_name must be None"),
         (lambda m: shard(INTEGER, m)(logits(), logits()), TypeError, "labels must have an integer"),
