@@ -584,7 +584,7 @@ def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array,
 
 
 def _label_fwd(rows, labels, counts):
-    stats, (gap,) = _rows.whole(rows, lambda stats: (rows.distance_at(labels, stats),))
+    stats, gap = _rows.label_statistics(rows, labels)
     out = _rows.label_loss(gap, stats), _rows.log_normalizer(stats)
     return out, _LabelResiduals(rows, labels, counts, gap, stats)
 
@@ -592,9 +592,8 @@ def _label_fwd(rows, labels, counts):
 def _label_bwd(residuals, cotangents):
     rows, labels, counts, gap, stats = residuals
     cotangents = _axis.total_cotangent(rows.axis_name, cotangents)
-    cotangent = _rows.label_cotangent(rows, labels, gap, stats, *cotangents)
-    cotangent = _only(counts, cotangent, stats.tail[..., None])
-    return _written_once(_pull(rows, cotangent)), None, None
+    pulled = _rows.pull_label(rows, labels, counts, gap, stats, *cotangents)
+    return _of_rows(rows, *pulled), None, None
 
 
 _label_rule.defvjp(_label_fwd, _label_bwd)
@@ -618,7 +617,7 @@ def _target_rule(rows: Rows, targets: Targets, counts: Array | None) -> tuple[Ar
 
 
 def _target_fwd(rows, targets, counts):
-    stats, (mass, moment) = _rows.whole(rows, functools.partial(_rows.target_sums, rows, targets))
+    stats, mass, moment = _rows.target_statistics(rows, targets)
     out = _rows.target_loss(mass, moment, stats), _rows.log_normalizer(stats)
     return out, _TargetResiduals(rows, targets, counts, mass, stats)
 
@@ -626,35 +625,18 @@ def _target_fwd(rows, targets, counts):
 def _target_bwd(residuals, cotangents):
     rows, targets, counts, mass, stats = residuals
     cotangents = _axis.total_cotangent(rows.axis_name, cotangents)
-    of_logits, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *cotangents)
-    of_logits = _only(counts, of_logits, (stats.tail + mass)[..., None])
-    of_targets = _only(counts, of_targets, of_targets)
-    return _written_once(_pull(rows, of_logits)), _pull(targets, of_targets), None
+    pulled = _rows.pull_target(rows, targets, counts, mass, stats, *cotangents)
+    of_targets = _rows.cost_cotangent(rows, targets, stats, cotangents[0])
+    of_targets = _rows.pull(targets, _rows.only(counts, of_targets, of_targets))
+    return _of_rows(rows, *pulled), of_targets, None
 
 
 _target_rule.defvjp(_target_fwd, _target_bwd)
 
 
-def _written_once(cotangent: Rows) -> Rows:
-    """XLA on CPU would fuse the cotangent with each of its readers, the two matrix products of a head,
-    and to compute its exponentials but once write them to an array of their own."""
-    return dataclasses.replace(cotangent, logits=_rows.barrier_on_cpu(cotangent.logits))
-
-
-def _only(counts: Array | None, cotangent: Array, tell: Array) -> Array:
-    """Exactly 0 in the rows outside `counts`. What is finite there is 0 by its factor, and keeps its own
-    derivative by that factor, a weight of 0; what is not would give NaN, and `tell`, [N..., 1 or V], is
-    not finite there."""
-    if counts is None:
-        return cotangent
-    return jnp.where(counts[..., None] | jnp.isfinite(tell), cotangent, 0)
-
-
-def _pull(view, cotangent: Array):
-    """The cotangent of what `view.read()` reads, in that view's own types and layout."""
-    out, pull = jax.vjp(type(view).read, view)
-    # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
-    return pull(_axis.vary(cotangent, _axis.varying(out)))[0]
+def _of_rows(rows: Rows, logits: Array, softcap: Array | None) -> Rows:
+    """Their cotangent; a mask has none."""
+    return dataclasses.replace(rows, logits=logits, where=None, some_kept=None, softcap=softcap)
 
 
 # Forward mode: the same maps, contracted with a tangent. Under `jax.checkpoint`, reverse mode over the
@@ -673,12 +655,12 @@ def _label_jvp(primals, tangents):
     @jax.checkpoint
     def tangent(residuals, rows_dot):
         rows, labels, counts, gap, stats = residuals
-        z_dot = _push(rows, rows_dot)
+        z_dot = _rows.push(rows, rows_dot)
         one, zero = jnp.ones_like(gap), jnp.zeros_like(gap)
         tell = stats.tail[..., None]
 
         def cotangent(*g):
-            return _only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g), tell)
+            return _rows.only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g), tell)
 
         dots = [jnp.sum(cotangent(*g) * z_dot, -1) for g in ((one, zero), (zero, one))]
         return tuple(_axis.total(rows.axis_name, jnp.stack(dots)))
@@ -705,23 +687,19 @@ def _target_jvp(primals, tangents):
         one, zero = jnp.ones_like(mass), jnp.zeros_like(mass)
         dots = []
         for g in ((one, zero), (zero, one)):
-            of_rows, of_targets = _rows.target_cotangents(rows, targets, mass, stats, *g)
-            of_rows = _only(counts, of_rows, (stats.tail + mass)[..., None])
-            of_targets = _only(counts, of_targets, of_targets)
             dot = zero
             if "rows" in moving:
-                dot += jnp.sum(of_rows * _push(rows, moving["rows"]), -1)
+                of_rows = _rows.target_cotangent(rows, targets, mass, stats, *g)
+                of_rows = _rows.only(counts, of_rows, (stats.tail + mass)[..., None])
+                dot += jnp.sum(of_rows * _rows.push(rows, moving["rows"]), -1)
             if "targets" in moving:
-                dot += jnp.sum(of_targets * _push(targets, moving["targets"]), -1)
+                of_targets = _rows.cost_cotangent(rows, targets, stats, g[0])
+                of_targets = _rows.only(counts, of_targets, of_targets)
+                dot += jnp.sum(of_targets * _rows.push(targets, moving["targets"]), -1)
             dots.append(dot)
         return tuple(_axis.total(rows.axis_name, jnp.stack(dots)))
 
     return out, tangent(residuals, moving)
-
-
-def _push(view, view_dot) -> Array:
-    """The tangent of what `view.read()` reads."""
-    return jax.jvp(type(view).read, (view,), (view_dot,))[1]
 
 
 def _moves(tangent) -> bool:

@@ -47,14 +47,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _axis
+from . import _axis, _kernels
 from ._axis import AxisName
+from ._kernels import Shared
 
 # On CPU, long rows are read in blocks of classes (`_statistics_in_blocks`). Widths from 128 to 8000 ran
 # equally fast, narrower ones a little slower; what is written is one number a block and then one block,
@@ -185,7 +186,10 @@ class Targets:
 
     labels: Array
     where: Array | None  # bool, [N... or 1..., V]
-    share: Array | None  # [N... or 1...], one over the number of classes in the row, on all devices
+    share: (
+        Array | None
+    )  # [N... or 1...], one over the number of classes in the row, on all devices;
+    # None: the same in all rows
     smoothing: Array | None  # scalar
     class_weights: Array | None  # [V]
     axes: tuple[int, ...] | None
@@ -210,10 +214,15 @@ class Targets:
         return targets
 
     def _uniform(self, ndim: int) -> Array:
-        if self.where is None or self.share is None:
-            num_classes = self.num_classes * _axis.size(self.axis_name)
-            return jnp.full((1,) * ndim, 1 / num_classes, self.dtype)
-        return jnp.where(self.where, self.share[..., None], 0)
+        uniform = self.uniform_share.reshape(*self.uniform_share.shape or (1,) * (ndim - 1), 1)
+        return uniform if self.where is None else jnp.where(self.where, uniform, 0)
+
+    @property
+    def uniform_share(self) -> Array:
+        """One over the number of classes, [N... or 1...], or a scalar."""
+        if self.share is not None:
+            return self.share
+        return jnp.asarray(1 / (self.num_classes * _axis.size(self.axis_name)), self.dtype)
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
@@ -247,6 +256,13 @@ def one_hot(labels: Array, num_classes: int) -> Array:
 @jax.custom_jvp
 def statistics(rows: Rows) -> Statistics:
     """The largest logit and the tail of every row, [N...] each, of the classes on this device."""
+    if _kernels.serve(rows.logits, rows.softcap):
+        on_cpu = _statistics_by_kernel
+        return lax.platform_dependent(rows, cpu=on_cpu, default=_statistics_at_once)
+    return _statistics_in_plain_jax(rows)
+
+
+def _statistics_in_plain_jax(rows: Rows) -> Statistics:
     if rows.num_classes < _LONG_ROW or rows.where is not None:
         return _statistics_at_once(rows)
     return lax.platform_dependent(rows, cpu=_statistics_in_blocks, default=_statistics_at_once)
@@ -352,7 +368,11 @@ def _or_empty(stats: Statistics) -> Statistics:
 Sums = tuple[Array, ...]
 
 
-def whole(rows: Rows, sums: Callable[[Statistics], Sums]) -> tuple[Statistics, Sums]:
+def whole(
+    rows: Rows,
+    sums: Callable[[Statistics], Sums],
+    statistics: Callable[[Rows], Statistics] = statistics,
+) -> tuple[Statistics, Sums]:
     """The statistics of whole rows, wherever their classes are, and the sums over the classes, [N...]
     each, of which `sums` gives those of this device: it is told the largest logit.
 
@@ -382,8 +402,19 @@ def log_normalizer(stats: Statistics) -> Array:
 # -- integer labels -----------------------------------------------------------------------------------
 
 
+@_kernels.or_by_kernel(
+    lambda: _label_statistics_by_kernel,
+    when=lambda rows, labels: rows.axis_name is None and _kernels.serve(rows.logits, rows.softcap),
+)
+def label_statistics(rows: Rows, labels: Array) -> tuple[Statistics, Array]:
+    """The statistics of whole rows, and how far the label's logit lies below the largest,
+    `gap = z_y - max`, [N...]."""
+    stats, (gap,) = whole(rows, lambda stats: (rows.distance_at(labels, stats),))
+    return stats, gap
+
+
 def label_loss(gap: Array, stats: Statistics) -> Array:
-    """`-log o_y` from the label's distance to the largest logit, `gap = z_y - max`. All [N...]."""
+    """`-log o_y` from the label's distance to the largest logit. All [N...]."""
     return jnp.log1p(stats.tail) - gap
 
 
@@ -391,20 +422,56 @@ def label_cotangent(
     rows: Rows, labels: Array, gap: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
 ) -> Array:
     """`g_loss (o - y) + g_log_normalizer o` for one-hot y, [N..., V]."""
-    others = stats.tail - jnp.expm1(gap)
-    normalizer = others + jnp.exp(gap)  # and NaN for all of the row if the label is bad
-    at_label = (g_log_normalizer * jnp.exp(gap) - g_loss * others) / normalizer
-    elsewhere = (g_loss + g_log_normalizer) / normalizer
+    at_label, elsewhere = _label_factors(gap, stats, g_loss, g_log_normalizer)
     exponentials = jnp.exp(rows.distances(stats))
     hot = one_hot(rows.place(labels), rows.num_classes)
     return jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
 
 
+def _label_factors(
+    gap: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
+) -> tuple[Array, Array]:
+    """The cotangent at the label, and that elsewhere over e^{z - max}. All [N...]."""
+    others = stats.tail - jnp.expm1(gap)
+    normalizer = others + jnp.exp(gap)  # and NaN for all of the row if the label is bad
+    at_label = (g_log_normalizer * jnp.exp(gap) - g_loss * others) / normalizer
+    return at_label, (g_loss + g_log_normalizer) / normalizer
+
+
+@_kernels.or_by_kernel(
+    lambda: _pull_label_by_kernel,
+    when=lambda rows, *_: _kernels.serve(rows.logits, rows.softcap),
+)
+def pull_label(
+    rows: Rows,
+    labels: Array,
+    counts: Array | None,
+    gap: Array,
+    stats: Statistics,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[Array, Array | None]:
+    """`label_cotangent` carried to the logits, as they are laid out, and to the soft-cap; nothing of the
+    rows outside `counts`."""
+    cotangent = label_cotangent(rows, labels, gap, stats, g_loss, g_log_normalizer)
+    return _pull_rows(rows, only(counts, cotangent, stats.tail[..., None]))
+
+
 # -- distributions as labels --------------------------------------------------------------------------
 
 
-def target_sums(rows: Rows, targets: Targets, stats: Statistics) -> Sums:
-    """Over the classes: of the targets, and of the targets times the distances. [N...] each."""
+@_kernels.or_by_kernel(
+    lambda: _target_statistics_by_kernel,
+    when=lambda rows, targets: rows.axis_name is None and _serve_targets(rows, targets),
+)
+def target_statistics(rows: Rows, targets: Targets) -> tuple[Statistics, Array, Array]:
+    """The statistics of whole rows, and the sums over the classes of the targets and of the targets
+    times the distances, [N...] each."""
+    stats, (mass, moment) = whole(rows, functools.partial(_target_sums, rows, targets))
+    return stats, mass, moment
+
+
+def _target_sums(rows: Rows, targets: Targets, stats: Statistics) -> Sums:
     y = targets.read()
     distance = rows.distances(stats)
     # A class that is absent (-inf) and has no mass adds nothing.
@@ -417,15 +484,15 @@ def target_loss(mass: Array, moment: Array, stats: Statistics) -> Array:
     return mass * jnp.log1p(stats.tail) - moment
 
 
-def target_cotangents(
+def target_cotangent(
     rows: Rows,
     targets: Targets,
     mass: Array,
     stats: Statistics,
     g_loss: Array,
     g_log_normalizer: Array,
-) -> tuple[Array, Array]:
-    """`g_loss (o sum(y) - y) + g_log_normalizer o` and `g_loss (-log o)`, [N..., V] each."""
+) -> Array:
+    """`g_loss (o sum(y) - y) + g_log_normalizer o`, [N..., V]."""
     y = targets.read()
     mass, normalizer, tail, g_loss, g_log_normalizer = (
         x[..., None] for x in (mass, 1 + stats.tail, stats.tail, g_loss, g_log_normalizer)
@@ -436,16 +503,278 @@ def target_cotangents(
     # the expression right in a neighbourhood too, for second derivatives.
     at_max = ((mass - y) + mass * jnp.expm1(distance) - y * tail) / normalizer
     below = mass * exponentials / normalizer - y
-    logits_cotangent = (
+    return (
         g_loss * jnp.where(distance == 0, at_max, below)
         + g_log_normalizer * exponentials / normalizer
     )
+
+
+def cost_cotangent(rows: Rows, targets: Targets, stats: Statistics, g_loss: Array) -> Array:
+    """`g_loss (-log o)`, of the targets, [N..., V]."""
+    distance, g_loss = rows.distances(stats), g_loss[..., None]
     # An absent class is infinitely dear, and 0 times that is NaN.
-    cost = jnp.log1p(tail) - distance
+    cost = jnp.log1p(stats.tail[..., None]) - distance
     unused = (g_loss == 0) & ~jnp.isfinite(cost)
     if targets.where is not None:
         unused |= ~targets.where
-    return logits_cotangent, g_loss * jnp.where(unused, 0, cost)
+    return g_loss * jnp.where(unused, 0, cost)
+
+
+@_kernels.or_by_kernel(
+    lambda: _pull_target_by_kernel, when=lambda rows, targets, *_: _serve_targets(rows, targets)
+)
+def pull_target(
+    rows: Rows,
+    targets: Targets,
+    counts: Array | None,
+    mass: Array,
+    stats: Statistics,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[Array, Array | None]:
+    """`target_cotangent` carried to the logits and the soft-cap, as `pull_label` does."""
+    cotangent = target_cotangent(rows, targets, mass, stats, g_loss, g_log_normalizer)
+    return _pull_rows(rows, only(counts, cotangent, (stats.tail + mass)[..., None]))
+
+
+# -- from what is read to what is held ----------------------------------------------------------------
+
+
+def only(counts: Array | None, cotangent: Array, tell: Array) -> Array:
+    """Exactly 0 in the rows outside `counts`. What is finite there is 0 by its factor, and keeps its own
+    derivative by that factor, a weight of 0; what is not would give NaN, and `tell`, [N..., 1 or V], is
+    not finite there."""
+    if counts is None:
+        return cotangent
+    return jnp.where(counts[..., None] | jnp.isfinite(tell), cotangent, 0)
+
+
+def pull(view: Any, cotangent: Array) -> Any:
+    """The cotangent of what `view.read()` reads, in that view's own types and layout."""
+    out, pull = jax.vjp(type(view).read, view)
+    # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
+    return pull(_axis.vary(cotangent, _axis.varying(out)))[0]
+
+
+def push(view: Any, view_dot: Any) -> Array:
+    """The tangent of what `view.read()` reads."""
+    return jax.jvp(type(view).read, (view,), (view_dot,))[1]
+
+
+def _pull_rows(rows: Rows, cotangent: Array) -> tuple[Array, Array | None]:
+    """Of the logits and of the soft-cap. XLA on CPU would fuse the cotangent with each of its readers,
+    the two matrix products of a head, and to compute its exponentials but once write them to an array
+    of their own."""
+    pulled = pull(rows, cotangent)
+    return barrier_on_cpu(pulled.logits), pulled.softcap
+
+
+# -- by the native kernels ----------------------------------------------------------------------------
+# The same, computed by `_native/rows.cc`. What a kernel does with the arrays that it is given is written
+# down once more in plain JAX, `_on_arrays`, for where it cannot be called.
+
+
+def _serve_targets(rows: Rows, targets: Targets) -> bool:
+    has_ids = targets.axes is None
+    labels = () if has_ids else (targets.labels,)
+    is_here = (
+        not has_ids or rows.axis_name is None
+    )  # to a kernel, an id of another device is a bad one
+    return is_here and _kernels.serve(rows.logits, rows.softcap, *labels)
+
+
+def _statistics_by_kernel(rows: Rows) -> Statistics:
+    z, where = _arrays(rows)
+    nowhere = jnp.full(z.shape[:-1], -1, jnp.int32)
+    return Statistics(*_run_label_statistics(z, where, nowhere)[:2])
+
+
+def _label_statistics_by_kernel(rows: Rows, labels: Array) -> tuple[Statistics, Array]:
+    largest, tail, at_label = _run_label_statistics(*_arrays(rows), labels)
+    return Statistics(largest, tail), jnp.where(labels < 0, jnp.nan, at_label - largest)
+
+
+def _run_label_statistics(z: Array, where: Array | Shared, labels: Array) -> tuple[Array, ...]:
+    return _kernels.run("label_statistics", _label_statistics_on_arrays, z, where, labels)
+
+
+def _label_statistics_on_arrays(
+    z: Array, where: Array, labels: Array, *, axis_name: AxisName = None
+) -> tuple[Array, ...]:
+    rows = _rows_of(z, where, axis_name)
+    place = rows.place(labels)
+    is_here = (place >= 0) & (place < rows.num_classes)
+
+    def at_label(stats):
+        return (jnp.where(is_here, rows.read_at(jnp.where(is_here, place, 0)), 0),)
+
+    stats, sums = whole(rows, at_label, _statistics_in_plain_jax)
+    return *stats[:2], *sums
+
+
+def _pull_label_by_kernel(
+    rows: Rows,
+    labels: Array,
+    counts: Array | None,
+    gap: Array,
+    stats: Statistics,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[Array, None]:
+    factors = _label_factors(gap, stats, g_loss, g_log_normalizer)
+    (cotangent,) = _kernels.run(
+        "label_cotangent",
+        _label_cotangent_on_arrays,
+        *_arrays(rows),
+        rows.place(labels),
+        stats.max,
+        *_only_rows(counts, stats.tail, *factors),
+    )
+    return _as_laid_out(rows, cotangent), None
+
+
+def _label_cotangent_on_arrays(
+    z: Array,
+    where: Array,
+    labels: Array,
+    largest: Array,
+    at_label: Array,
+    elsewhere: Array,
+    *,
+    axis_name: AxisName = None,
+) -> tuple[Array]:
+    rows = _rows_of(z, where, axis_name)
+    exponentials = jnp.exp(rows.distances(Statistics(largest, largest)))
+    hot = one_hot(rows.place(labels), rows.num_classes)
+    cotangent = jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
+    is_nothing = (at_label == 0) & (elsewhere == 0)
+    return (pull(rows, jnp.where(is_nothing[..., None], 0, cotangent)).logits,)
+
+
+def _target_statistics_by_kernel(rows: Rows, targets: Targets) -> tuple[Statistics, Array, Array]:
+    largest, tail, mass, moment = _kernels.run(
+        "target_statistics",
+        _target_statistics_on_arrays,
+        *_arrays(rows),
+        *_target_arrays(targets),
+    )
+    return Statistics(largest, tail), mass, moment
+
+
+def _target_statistics_on_arrays(
+    z: Array, where: Array, *targets: Array, axis_name: AxisName = None
+) -> tuple[Array, ...]:
+    rows = _rows_of(z, where, axis_name)
+    sums = functools.partial(_target_sums, rows, _targets_of(rows, *targets))
+    stats, (mass, moment) = whole(rows, sums, _statistics_in_plain_jax)
+    return *stats[:2], mass, moment
+
+
+def _pull_target_by_kernel(
+    rows: Rows,
+    targets: Targets,
+    counts: Array | None,
+    mass: Array,
+    stats: Statistics,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> tuple[Array, None]:
+    (cotangent,) = _kernels.run(
+        "target_cotangent",
+        _target_cotangent_on_arrays,
+        *_arrays(rows),
+        *_target_arrays(targets),
+        stats.max,
+        stats.tail,
+        mass,
+        *_only_rows(counts, stats.tail + mass, g_loss, g_log_normalizer),
+    )
+    return _as_laid_out(rows, cotangent), None
+
+
+def _target_cotangent_on_arrays(
+    z: Array,
+    where: Array,
+    labels: Array,
+    smoothing: Array,
+    share: Array,
+    class_weights: Array,
+    largest: Array,
+    tail: Array,
+    mass: Array,
+    *g: Array,
+    axis_name: AxisName = None,
+) -> tuple[Array]:
+    rows = _rows_of(z, where, axis_name)
+    targets = _targets_of(rows, labels, smoothing, share, class_weights)
+    cotangent = target_cotangent(rows, targets, mass, Statistics(largest, tail), *g)
+    is_nothing = (g[0] == 0) & (g[1] == 0)
+    return (pull(rows, jnp.where(is_nothing[..., None], 0, cotangent)).logits,)
+
+
+def _arrays(rows: Rows) -> tuple[Array, Array | Shared]:
+    """The logits, [N..., V], and which classes there are, [N..., V] or [V], or [0] for all."""
+    z = classes_last(rows.logits, rows.axes)
+    if rows.where is None:
+        return z, Shared(jnp.zeros(0, bool))
+    sizes = [
+        rows.logits.shape[axis] if axis in rows.axes else size
+        for axis, size in enumerate(rows.where.shape)
+    ]
+    where = classes_last(jnp.broadcast_to(rows.where, sizes), rows.axes)
+    if rows.some_kept is not None:
+        where |= ~rows.some_kept[..., None]
+    if math.prod(where.shape[:-1]) == 1:
+        return z, Shared(where.reshape(-1))
+    return z, jnp.broadcast_to(where, z.shape)
+
+
+def _rows_of(z: Array, where: Array, axis_name: AxisName) -> Rows:
+    mask = where.reshape((1,) * (z.ndim - where.ndim) + where.shape) if where.size else None
+    return Rows(z, mask, None, None, (z.ndim - 1,), axis_name)
+
+
+def _target_arrays(targets: Targets) -> tuple[Array, Shared, Array | Shared, Shared]:
+    """The labels, [N..., V] or ids [N...]; the smoothing, [1]; the share of a class, [N...] or [1]; the
+    class weights, [V], or [0] for none."""
+    labels, share = targets.labels, targets.uniform_share
+    if targets.axes is not None:
+        labels = classes_last(labels, targets.axes)
+    rows_shape = labels.shape if targets.axes is None else labels.shape[:-1]
+    smoothing, class_weights = targets.smoothing, targets.class_weights
+    return (
+        labels,
+        Shared(jnp.zeros(1, targets.dtype) if smoothing is None else smoothing.reshape(1)),
+        Shared(share.reshape(1)) if share.size == 1 else jnp.broadcast_to(share, rows_shape),
+        Shared(jnp.zeros(0, targets.dtype) if class_weights is None else class_weights),
+    )
+
+
+def _targets_of(
+    rows: Rows, labels: Array, smoothing: Array, share: Array, class_weights: Array
+) -> Targets:
+    return Targets(
+        labels,
+        rows.where,
+        share.reshape(()) if share.size == 1 else share,
+        smoothing.reshape(()),
+        class_weights if class_weights.size else None,
+        (labels.ndim - 1,) if labels.ndim == rows.logits.ndim else None,
+        rows.num_classes,
+        compute_dtype(rows.logits.dtype),
+        rows.axis_name,
+    )
+
+
+def _only_rows(counts: Array | None, tell: Array, *factors: Array) -> list[Array]:
+    """As `only`, of what multiplies all of a row, [N...]: a kernel makes a row of 0 of 0."""
+    return [only(counts, x[..., None], tell[..., None])[..., 0] for x in factors]
+
+
+def _as_laid_out(rows: Rows, x: Array) -> Array:
+    """From classes last to the layout of the logits."""
+    (out,) = jax.linear_transpose(lambda z: classes_last(z, rows.axes), rows.logits)(x)
+    return out
 
 
 # -- helpers ------------------------------------------------------------------------------------------

@@ -1,0 +1,306 @@
+// The kernels as XLA's FFI calls them: arguments checked, rows shared out to XLA's threads.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "rows.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_sce {
+
+namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using ffi::Error;
+using ffi::Result;
+using ffi::ThreadPool;
+
+// -- which kernels ------------------------------------------------------------------------------------
+
+extern const Kernels kernels_baseline;
+#ifdef JAX_SCE_HAS_X86_64_V3
+extern const Kernels kernels_x86_64_v3;
+#endif
+#ifdef JAX_SCE_HAS_X86_64_V4
+extern const Kernels kernels_x86_64_v4;
+#endif
+
+namespace {
+
+// Those that were built and that this processor can run, the best first.
+std::vector<const Kernels*> kernels_here() {
+  std::vector<const Kernels*> found = {&kernels_baseline};
+#ifdef JAX_SCE_HAS_X86_64_V3
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2")) {
+    found.insert(found.begin(), &kernels_x86_64_v3);
+#ifdef JAX_SCE_HAS_X86_64_V4
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      found.insert(found.begin(), &kernels_x86_64_v4);
+#endif
+  }
+#endif
+  return found;
+}
+
+}  // namespace
+
+namespace {
+
+std::atomic<const Kernels*> current{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* chosen = current.load(std::memory_order_relaxed);
+  return chosen == nullptr ? kernels_baseline : *chosen;
+}
+
+// -- threads ------------------------------------------------------------------------------------------
+
+constexpr int64_t kPart = 1 << 15;  // logits that are worth handing to another thread
+
+// Calls work(begin, end) for all rows, here and on XLA's threads. They take parts as they come; this
+// thread waits for parts that another one is at, and for none that is yet to be taken, so it does not
+// matter if the others never start.
+template <class Work>
+void for_rows(ThreadPool& pool, int64_t num_rows, int64_t num_classes, Work work) {
+  const int64_t size = std::max<int64_t>(kPart / num_classes / kRowsAtOnce, 1) * kRowsAtOnce;
+  const int64_t parts = (num_rows + size - 1) / size;
+  if (parts <= 1) return work(0, num_rows);
+
+  struct Progress {
+    std::atomic<int64_t> next{0}, left;
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto progress = std::make_shared<Progress>();
+  progress->left = parts;
+  auto run = [=] {
+    for (int64_t part; (part = progress->next.fetch_add(1)) < parts;) {
+      work(part * size, std::min((part + 1) * size, num_rows));
+      if (progress->left.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(progress->mutex);
+        progress->finished.notify_one();
+      }
+    }
+  };
+  const int64_t helpers = std::min(parts, pool.num_threads()) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(run));
+  run();
+  std::unique_lock<std::mutex> lock(progress->mutex);
+  progress->finished.wait(lock, [&] { return progress->left == 0; });
+}
+
+// -- arguments ----------------------------------------------------------------------------------------
+
+template <ffi::DataType type>
+using In = ffi::Buffer<type>;
+template <ffi::DataType type>
+using Out = ffi::ResultBuffer<type>;
+constexpr auto F32 = ffi::DataType::F32, S32 = ffi::DataType::S32, PRED = ffi::DataType::PRED;
+
+std::optional<Type> type_of(const AnyBuffer& x) {
+  switch (x.element_type()) {
+    case ffi::DataType::F32: return Type::kF32;
+    case ffi::DataType::BF16: return Type::kBF16;
+    case ffi::DataType::F16: return Type::kF16;
+    case ffi::DataType::S32: return Type::kIds;
+    default: return std::nullopt;
+  }
+}
+
+struct Problem {
+  int64_t num_rows, num_classes;
+  Logits logits;
+};
+
+Error read_problem(const AnyBuffer& logits, const In<PRED>& where, Problem* problem) {
+  const auto dimensions = logits.dimensions();
+  const auto type = type_of(logits);
+  if (dimensions.size() < 1 || dimensions.back() < 1 || !type || *type == Type::kIds)
+    return Error::InvalidArgument("logits must be floats of rank 1 or more with a class or more");
+  const int64_t num_classes = dimensions.back();
+  const int64_t num_rows = static_cast<int64_t>(logits.element_count()) / num_classes;
+  const bool shared = where.dimensions().size() == 1;
+  const int64_t kept = static_cast<int64_t>(where.element_count());
+  if (kept != 0 && kept != (shared ? num_classes : num_rows * num_classes))
+    return Error::InvalidArgument("where must be empty, [V], or of the shape of the logits");
+  const auto* mask = reinterpret_cast<const uint8_t*>(where.untyped_data());
+  *problem = {num_rows, num_classes,
+              {logits.untyped_data(), *type, num_classes, kept == 0 ? nullptr : mask, shared}};
+  return Error::Success();
+}
+
+Error read_targets(const Problem& problem, const AnyBuffer& labels, const In<F32>& smoothing,
+                   const In<F32>& share, const In<F32>& class_weights, Targets* targets) {
+  const auto type = type_of(labels);
+  const auto count = [](const auto& x) { return static_cast<int64_t>(x.element_count()); };
+  const int64_t n = problem.num_rows, v = problem.num_classes;
+  if (!type || count(labels) != (*type == Type::kIds ? n : n * v))
+    return Error::InvalidArgument("labels must be ids or floats, one a row or one a logit");
+  if (count(smoothing) != 1 || (count(share) != 1 && count(share) != n))
+    return Error::InvalidArgument("smoothing must be one number, and share one or one a row");
+  if (count(class_weights) != 0 && count(class_weights) != v)
+    return Error::InvalidArgument("class_weights must be empty or [V]");
+  *targets = {labels.untyped_data(), *type, smoothing.typed_data(), share.typed_data(),
+              share.dimensions().size() == 1 && count(share) == 1,
+              count(class_weights) == 0 ? nullptr : class_weights.typed_data()};
+  return Error::Success();
+}
+
+#define RETURN_IF_ERROR(expression) \
+  if (Error error = (expression); error.failure()) return error
+
+// -- handlers -----------------------------------------------------------------------------------------
+
+Error label_statistics(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<S32> labels,
+                       Out<F32> max, Out<F32> tail, Out<F32> at_label) {
+  Problem p;
+  RETURN_IF_ERROR(read_problem(logits, where, &p));
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, labels = labels.typed_data(), max = max->typed_data(),
+            tail = tail->typed_data(), at_label = at_label->typed_data()](int64_t begin, int64_t end) {
+             kernels.label_statistics(z, labels, max, tail, at_label, begin, end);
+           });
+  return Error::Success();
+}
+
+Error label_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<S32> labels,
+                      In<F32> max, In<F32> at_label, In<F32> elsewhere, Result<AnyBuffer> out) {
+  Problem p;
+  RETURN_IF_ERROR(read_problem(logits, where, &p));
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, labels = labels.typed_data(), max = max.typed_data(),
+            at_label = at_label.typed_data(), elsewhere = elsewhere.typed_data(),
+            out = out->untyped_data()](int64_t begin, int64_t end) {
+             kernels.label_cotangent(z, labels, max, at_label, elsewhere, out, begin, end);
+           });
+  return Error::Success();
+}
+
+Error target_statistics(ThreadPool pool, AnyBuffer logits, In<PRED> where, AnyBuffer labels,
+                        In<F32> smoothing, In<F32> share, In<F32> class_weights, Out<F32> max,
+                        Out<F32> tail, Out<F32> mass, Out<F32> moment) {
+  Problem p;
+  Targets y;
+  RETURN_IF_ERROR(read_problem(logits, where, &p));
+  RETURN_IF_ERROR(read_targets(p, labels, smoothing, share, class_weights, &y));
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, y, max = max->typed_data(), tail = tail->typed_data(),
+            mass = mass->typed_data(), moment = moment->typed_data()](int64_t begin, int64_t end) {
+             kernels.target_statistics(z, y, max, tail, mass, moment, begin, end);
+           });
+  return Error::Success();
+}
+
+Error target_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, AnyBuffer labels,
+                       In<F32> smoothing, In<F32> share, In<F32> class_weights, In<F32> max,
+                       In<F32> tail, In<F32> mass, In<F32> g_loss, In<F32> g_log_normalizer,
+                       Result<AnyBuffer> out) {
+  Problem p;
+  Targets y;
+  RETURN_IF_ERROR(read_problem(logits, where, &p));
+  RETURN_IF_ERROR(read_targets(p, labels, smoothing, share, class_weights, &y));
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, y, max = max.typed_data(), tail = tail.typed_data(),
+            mass = mass.typed_data(), g_loss = g_loss.typed_data(),
+            g_log_normalizer = g_log_normalizer.typed_data(),
+            out = out->untyped_data()](int64_t begin, int64_t end) {
+             kernels.target_cotangent(z, y, max, tail, mass, g_loss, g_log_normalizer, out, begin,
+                                      end);
+           });
+  return Error::Success();
+}
+
+}  // namespace
+
+// -- what is exported ---------------------------------------------------------------------------------
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int jax_sce_ffi_major() { return XLA_FFI_API_MAJOR; }
+EXPORT int jax_sce_ffi_minor() { return XLA_FFI_API_MINOR; }
+
+// The kernels to use from now on, "best" or those of that level. Returns their level, or null if there are
+// none of that name, or not for this processor.
+EXPORT const char* jax_sce_use(const char* level) {
+  for (const Kernels* found : kernels_here())
+    if (std::strcmp(level, "best") == 0 || std::strcmp(level, found->level) == 0) {
+      current = found;
+      return found->level;
+    }
+  return nullptr;
+}
+
+XLA_FFI_DEFINE_HANDLER(handle_label_statistics, label_statistics,
+                       ffi::Ffi::Bind()
+                           .Ctx<ThreadPool>()
+                           .Arg<AnyBuffer>()
+                           .Arg<In<PRED>>()
+                           .Arg<In<S32>>()
+                           .Ret<In<F32>>()
+                           .Ret<In<F32>>()
+                           .Ret<In<F32>>());
+
+XLA_FFI_DEFINE_HANDLER(handle_label_cotangent, label_cotangent,
+                       ffi::Ffi::Bind()
+                           .Ctx<ThreadPool>()
+                           .Arg<AnyBuffer>()
+                           .Arg<In<PRED>>()
+                           .Arg<In<S32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Ret<AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER(handle_target_statistics, target_statistics,
+                       ffi::Ffi::Bind()
+                           .Ctx<ThreadPool>()
+                           .Arg<AnyBuffer>()
+                           .Arg<In<PRED>>()
+                           .Arg<AnyBuffer>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Ret<In<F32>>()
+                           .Ret<In<F32>>()
+                           .Ret<In<F32>>()
+                           .Ret<In<F32>>());
+
+XLA_FFI_DEFINE_HANDLER(handle_target_cotangent, target_cotangent,
+                       ffi::Ffi::Bind()
+                           .Ctx<ThreadPool>()
+                           .Arg<AnyBuffer>()
+                           .Arg<In<PRED>>()
+                           .Arg<AnyBuffer>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Arg<In<F32>>()
+                           .Ret<AnyBuffer>());
+
+EXPORT XLA_FFI_Error* jax_sce_label_statistics(XLA_FFI_CallFrame* frame) {
+  return handle_label_statistics(frame);
+}
+EXPORT XLA_FFI_Error* jax_sce_label_cotangent(XLA_FFI_CallFrame* frame) {
+  return handle_label_cotangent(frame);
+}
+EXPORT XLA_FFI_Error* jax_sce_target_statistics(XLA_FFI_CallFrame* frame) {
+  return handle_target_statistics(frame);
+}
+EXPORT XLA_FFI_Error* jax_sce_target_cotangent(XLA_FFI_CallFrame* frame) {
+  return handle_target_cotangent(frame);
+}
+
+}  // namespace jax_sce

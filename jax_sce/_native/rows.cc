@@ -1,0 +1,709 @@
+// The row kernels, for one instruction set: JAX_SCE_LEVEL names it.
+//
+// A row is read in blocks that stay in the first-level cache: for the sum of exponentials, and where
+// there are larger logits in it than before, first for those. All arithmetic is in float, in vectors of
+// the processor's width; a block that is not a whole number of them is padded with absent classes (-inf).
+//
+// Accuracy, u = 2^-24 (see _rows.py for what follows from it): exponentials are within 2u to 4u
+// (`exp_of`), or lost below 2^-126; a block is summed in 32 partial sums of 16 terms at most, and blocks
+// are added in double. Distances in a tail are taken from the second largest logit, so the long ones,
+// whose rounding is felt, belong to terms that are not.
+
+#include "rows.h"
+
+#include <cstring>
+#include <limits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define JAX_SCE_PASTE_(a, b) a##b
+#define JAX_SCE_PASTE(a, b) JAX_SCE_PASTE_(a, b)
+#define JAX_SCE_NAME_(a) #a
+#define JAX_SCE_NAME(a) JAX_SCE_NAME_(a)
+#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda: what it refers to can stay in registers
+
+namespace jax_sce {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596299e-8f;  // log2(e) is their sum
+
+// -- vectors ------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kStep = 32;  // so many floats at a time, in independent vectors
+constexpr int kVectors = kStep / kLanes;
+constexpr int kBlock = 512;  // floats; a multiple of kStep
+
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+template <class Vector>
+INLINE Vector load(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class Vector>
+INLINE void store(void* p, Vector v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+INLINE F all(float x) { return x - F{}; }
+
+// b if either is NaN. The instructions of x86 do this, but compilers do not see it.
+#if defined(__AVX512F__)
+INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+#elif defined(__SSE2__)
+INLINE F larger(F a, F b) { return _mm_max_ps(a, b); }
+INLINE F smaller(F a, F b) { return _mm_min_ps(a, b); }
+#else
+INLINE F larger(F a, F b) { return a > b ? a : b; }
+INLINE F smaller(F a, F b) { return a < b ? a : b; }
+#endif
+
+// The lanes of x, combined in pairs.
+template <class Combine>
+INLINE auto reduce(F x, Combine combine) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = combine(lanes[i], lanes[i + n]);
+  return lanes[0];
+}
+
+// -- the exponential ----------------------------------------------------------------------------------
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFused = true;  // a product is not rounded before it is added
+#else
+constexpr bool kFused = false;
+#endif
+
+enum class Need { kTerm, kExact };
+
+// e^(x + error / log2(e)) for x <= 0: 1 at 0, 0 from -88 on and at -inf, NaN for NaN. With n the integer
+// nearest to x log2(e), 2^n is made of its bits, and 2^r, r what is left, |r| <= 1/2, is a polynomial with
+// 1 at 0: minimax, with the coefficients rounded one by one and the rest fitted anew.
+//
+// As a term of a sum, of which the largest is 1, within (3 + |x| / 4) u, u = 2^-24: the polynomial's 1.6u,
+// the roundings, and the rounding of log2(e). Otherwise within 2u.
+template <Need need>
+INLINE F exp_of(F x, F error = F{}) {
+  const F c = larger(all(-88.f), x);    // there n is -127, of which the bits make 0
+  const F t = c * kLog2E + 12582912.f;  // 1.5 * 2^23: rounds to an integer, n, in the last bits
+  const F n = t - 12582912.f;
+  F r, p;
+  if (kFused) {
+    r = c * kLog2E - n;
+    if (need == Need::kExact) r += c * kLog2ERest + error;
+  } else {  // the first has so few digits that its product is exact; they add up to log(2)
+    r = (c - n * 0.693359375f + n * 2.12194440e-4f) * kLog2E + error;
+  }
+  if (need == Need::kExact) {
+    p = all(1.53288027e-4f);
+    p = p * r + 1.33909751e-3f;
+    p = p * r + 9.6185002e-3f;
+    p = p * r + 5.55035956e-2f;
+    p = p * r + 2.40226477e-1f;
+    p = p * r + 6.93147182e-1f;
+  } else {
+    p = all(1.32691499e-3f);
+    p = p * r + 9.67130996e-3f;
+    p = p * r + 5.55071197e-2f;
+    p = p * r + 2.40222469e-1f;
+    p = p * r + 6.93147004e-1f;
+  }
+  p = p * r + 1.f;
+  return p * (F)(((U)t << 23) + (127u << 23));
+}
+
+// e^(a - b) for a <= b, whatever the distance, within 3u. `a` may be -inf.
+INLINE F exp_difference(F a, F b) {
+  const F difference = a - b, shift = difference - a;
+  const F error = (a - (difference - shift)) - (b + shift);  // exact: Knuth's two-sum
+  return exp_of<Need::kExact>(difference, difference > -88.f ? error * kLog2E : F{});
+}
+
+// -- numbers of any type ------------------------------------------------------------------------------
+
+// Two vectors are read and written at a time. Those of bfloat16 hold the even and the odd places of what
+// lies there, for such a pair is taken apart and put together by shifts and masks alone.
+struct Pair {
+  F a, b;
+};
+
+// float16 to float: the fields moved to their places. Subnormal numbers are normalized by a subtraction.
+INLINE F from_half(U h) {
+  const U body = (h & 0x7fffu) << 13, exponent = body & (0x1fu << 23);
+  const U bits = body + (112u << 23);
+  const F subnormal = (F)(bits + (1u << 23)) - 6.103515625e-5f;  // 2^-14
+  const F number = exponent == (0x1fu << 23) ? (F)(bits + (112u << 23)) : (F)bits;
+  const F magnitude = exponent == 0u ? subnormal : number;
+  return (F)((U)magnitude | (h & 0x8000u) << 16);
+}
+
+INLINE U to_half(F x) {  // to the nearest, ties to even
+  const U bits = (U)x, sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const F aligned = (F)magnitude + 0.5f;  // the last bit of the sum is worth 2^-24, as a subnormal's
+  const U subnormal = (U)aligned - 0x3f000000u;
+  U half = magnitude < 0x38800000u ? subnormal : normal;  // 2^-14
+  const U infinite = x == x ? U{} + 0x7c00u : U{} + 0x7e00u;
+  half = magnitude >= 0x47800000u ? infinite : half;  // 2^16
+  return half | sign >> 16;
+}
+
+// The upper half of each, ties to even. A NaN of which the last bits are set might overflow to another
+// number: there are none among numbers that were 16 bits wide, and `quiet` sees to all others.
+INLINE U round_to_bfloat16(F x) {
+  const U bits = (U)x;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+INLINE float quiet(float x) { return x == x ? x : kNaN; }
+INLINE F quiet(F x) { return x == x ? x : all(kNaN); }
+
+template <Type type>
+INLINE Pair widen(const void* data, int64_t j) {
+  if (type == Type::kF32) {
+    const float* x = static_cast<const float*>(data) + j;
+    return {load<F>(x), load<F>(x + kLanes)};
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(data) + j;
+  if (type == Type::kBF16) {
+    const U both = load<U>(x);
+    return {(F)(both << 16), (F)(both & 0xffff0000u)};
+  }
+  return {from_half(__builtin_convertvector(load<H>(x), U)),
+          from_half(__builtin_convertvector(load<H>(x + kLanes), U))};
+}
+
+template <Type type>
+INLINE void narrow(void* data, int64_t j, Pair v) {
+  if (type == Type::kF32) {
+    float* x = static_cast<float*>(data) + j;
+    store(x, v.a);
+    store(x + kLanes, v.b);
+    return;
+  }
+  uint16_t* x = static_cast<uint16_t*>(data) + j;
+  if (type == Type::kBF16) {
+    store(x, round_to_bfloat16(v.a) >> 16 | (round_to_bfloat16(v.b) & 0xffff0000u));
+  } else {
+    store(x, __builtin_convertvector(to_half(v.a), H));
+    store(x + kLanes, __builtin_convertvector(to_half(v.b), H));
+  }
+}
+
+template <Type kType>
+struct Of {
+  static constexpr Type type = kType;
+};
+
+// body(Of<type>): the same code for each type of numbers.
+template <class Body>
+INLINE auto visit(Type type, Body body) {
+  switch (type) {
+    case Type::kBF16: return body(Of<Type::kBF16>{});
+    case Type::kF16: return body(Of<Type::kF16>{});
+    default: return body(Of<Type::kF32>{});
+  }
+}
+
+// The same for logits and targets: both of one type, or both float.
+template <class Body>
+INLINE void visit_both(Type a, Type b, Body body) {
+  if (a == b)
+    visit(a, [&](auto of) INLINED { body(of, of); });
+  else
+    body(Of<Type::kF32>{}, Of<Type::kF32>{});
+}
+
+INLINE const void* at(const void* data, Type type, int64_t j) {
+  return static_cast<const char*>(data) + j * (type == Type::kF32 ? 4 : 2);
+}
+INLINE void* at(void* data, Type type, int64_t j) {
+  return const_cast<void*>(at(static_cast<const void*>(data), type, j));
+}
+
+INLINE int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
+
+// One number.
+float widen(const void* data, Type type) {
+  if (type == Type::kF32) return *static_cast<const float*>(data);
+  const uint32_t bits = *static_cast<const uint16_t*>(data);
+  return type == Type::kBF16 ? ((F)(U{} + (bits << 16)))[0] : from_half(U{} + bits)[0];
+}
+
+void narrow(void* data, Type type, float x) {
+  if (type == Type::kF32)
+    *static_cast<float*>(data) = x;
+  else
+    *static_cast<uint16_t*>(data) = static_cast<uint16_t>(
+        type == Type::kBF16 ? round_to_bfloat16(all(quiet(x)))[0] >> 16 : to_half(all(x))[0]);
+}
+
+// n numbers as floats in their order, padded, and back.
+void read(const void* data, Type type, int64_t n, float padding, float* out) {
+  int64_t j = 0;
+  if (type == Type::kF32) {
+    std::memcpy(out, data, n * sizeof(float));
+    j = n;
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(data);
+  for (; j + kLanes <= n; j += kLanes) {
+    const U bits = __builtin_convertvector(load<H>(x + j), U);
+    store(out + j, type == Type::kBF16 ? (F)(bits << 16) : from_half(bits));
+  }
+  for (; j < n; ++j) out[j] = widen(x + j, type);
+  for (; j < padded(n); ++j) out[j] = padding;
+}
+
+void write(void* data, Type type, int64_t n, const float* x) {
+  if (type == Type::kF32) {
+    std::memcpy(data, x, n * sizeof(float));
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(data);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const F v = load<F>(x + j);
+    const U bits = type == Type::kBF16 ? round_to_bfloat16(quiet(v)) >> 16 : to_half(v);
+    store(out + j, __builtin_convertvector(bits, H));
+  }
+  for (; j < n; ++j) narrow(out + j, type, x[j]);
+}
+
+void write_zeros(void* data, Type type, int64_t n) {
+  std::memset(data, 0, n * (type == Type::kF32 ? 4 : 2));
+}
+
+// -- blocks of a row ----------------------------------------------------------------------------------
+
+// [start, start + n) for all of a row. The last whole vectors are one block, so that they can be read
+// where they lie, and what is left is another.
+template <class Body>
+INLINE void for_blocks(int64_t num_classes, Body body) {
+  for (int64_t start = 0; start < num_classes;) {
+    int64_t n = num_classes - start;
+    if (n > kBlock) n = kBlock;
+    if (n > kStep) n -= n % kStep;
+    body(start, n);
+    start += n;
+  }
+}
+
+// Numbers that can be read in whole vectors: where they lie, or in a buffer, as floats.
+struct Block {
+  const void* data;
+  Type type;
+};
+
+const uint8_t* mask_of(const Logits& z, int64_t row, int64_t start) {
+  if (z.where == nullptr) return nullptr;
+  return z.where + (z.where_is_shared ? 0 : row * z.num_classes) + start;
+}
+
+// Logits; -inf where a class is masked.
+Block read_logits(const Logits& z, int64_t row, int64_t start, int64_t n, float* buffer) {
+  const void* data = at(z.data, z.type, row * z.num_classes + start);
+  const uint8_t* where = mask_of(z, row, start);
+  if (where == nullptr && n % kStep == 0) return {data, z.type};
+  read(data, z.type, n, -kInf, buffer);
+  if (where != nullptr)
+    for (int64_t j = 0; j < n; ++j) buffer[j] = where[j] ? buffer[j] : -kInf;
+  return {buffer, Type::kF32};
+}
+
+float read_logit(const Logits& z, int64_t row, int64_t j) {
+  float buffer[kStep];
+  return static_cast<const float*>(read_logits(z, row, j, 1, buffer).data)[0];
+}
+
+// Targets, padded with 0.
+Block read_targets(const Logits& z, const Targets& y, int64_t row, int64_t start, int64_t n,
+                   float* buffer) {
+  const uint8_t* where = mask_of(z, row, start);
+  const float e = *y.smoothing;
+  if (y.type == Type::kIds) {
+    const int64_t id = static_cast<const int32_t*>(y.labels)[row];
+    const bool is_class = 0 <= id && id < z.num_classes;
+    for (int64_t j = 0; j < padded(n); ++j) buffer[j] = is_class ? 0.f : kNaN;
+    if (is_class && start <= id && id < start + n) buffer[id - start] = 1;
+  } else {
+    const void* data = at(y.labels, y.type, row * z.num_classes + start);
+    const bool is_plain = where == nullptr && e == 0 && y.class_weights == nullptr;
+    if (is_plain && n % kStep == 0) return {data, y.type};
+    read(data, y.type, n, 0, buffer);
+    if (where != nullptr)  // an id keeps its mass: it costs +inf
+      for (int64_t j = 0; j < n; ++j) buffer[j] = where[j] ? buffer[j] : 0.f;
+  }
+  if (e != 0) {
+    const float uniform = e * y.share[y.share_is_shared ? 0 : row];
+    for (int64_t j = 0; j < n; ++j)
+      buffer[j] = (1 - e) * buffer[j] + (where == nullptr || where[j] ? uniform : 0.f);
+  }
+  if (y.class_weights != nullptr)
+    for (int64_t j = 0; j < n; ++j) buffer[j] *= y.class_weights[start + j];
+  return {buffer, Type::kF32};
+}
+
+// Both as floats, if they are not of one type.
+void make_alike(int64_t n, Block* x, float* x_buffer, Block* t, float* t_buffer) {
+  if (x->type == t->type) return;
+  const auto to_float = [n](Block* block, float* buffer) {
+    if (block->type == Type::kF32) return;
+    read(block->data, block->type, n, 0, buffer);
+    *block = {buffer, Type::kF32};
+  };
+  to_float(x, x_buffer);
+  to_float(t, t_buffer);
+}
+
+// body(j, k, pair) for each pair of vectors of a block, k of kVectors. What comes next in the row is fetched
+// meanwhile.
+template <Type type, class Body>
+INLINE void for_pairs(const void* data, int64_t n, Body body) {
+  for (int64_t j = 0; j < n; j += kStep) {
+    const char* next = static_cast<const char*>(at(data, type, j + kBlock));
+    __builtin_prefetch(next);
+    if (type == Type::kF32) __builtin_prefetch(next + 64);
+    for (int k = 0; k < kVectors; k += 2)
+      body(j + k * kLanes, k, widen<type>(data, j + k * kLanes));
+  }
+}
+
+// -- sums over a row ----------------------------------------------------------------------------------
+
+INLINE float larger(float a, float b) { return a > b ? a : b; }
+INLINE float smaller(float a, float b) { return a < b ? a : b; }
+
+struct TopTwo {
+  float max, second;
+};
+
+INLINE TopTwo join(TopTwo a, TopTwo b) {
+  return {larger(a.max, b.max), larger(smaller(a.max, b.max), larger(a.second, b.second))};
+}
+
+TopTwo top_two(Block x, int64_t n) {
+  F m[kVectors], s[kVectors];
+  for (int k = 0; k < kVectors; ++k) m[k] = s[k] = all(-kInf);
+  visit(x.type, [&](auto of) INLINED {
+    for_pairs<of.type>(x.data, n, [&](int64_t, int k, Pair v) INLINED {
+      s[k] = larger(smaller(v.a, m[k]), s[k]);
+      m[k] = larger(v.a, m[k]);
+      s[k + 1] = larger(smaller(v.b, m[k + 1]), s[k + 1]);
+      m[k + 1] = larger(v.b, m[k + 1]);
+    });
+  });
+  for (int k = 1; k < kVectors; ++k) {
+    s[0] = larger(smaller(m[0], m[k]), larger(s[0], s[k]));
+    m[0] = larger(m[0], m[k]);
+  }
+  float maxima[kLanes], seconds[kLanes];
+  store(maxima, m[0]);
+  store(seconds, s[0]);
+  TopTwo top = {maxima[0], seconds[0]};
+  for (int i = 1; i < kLanes; ++i) top = join(top, {maxima[i], seconds[i]});
+  return top;
+}
+
+INLINE float total(F* sums) {
+  for (int n = kVectors / 2; n > 0; n /= 2)
+    for (int k = 0; k < n; ++k) sums[k] += sums[k + n];
+  return reduce(sums[0], [](float a, float b) { return a + b; });
+}
+
+// The sum of e^min(x - reference, 0).
+float sum_up_to(float reference, Block x, int64_t n) {
+  F sums[kVectors] = {};
+  visit(x.type, [&](auto of) INLINED {
+    for_pairs<of.type>(x.data, n, [&](int64_t, int k, Pair v) INLINED {
+      sums[k] += exp_of<Need::kTerm>(smaller(all(0), v.a - reference));
+      sums[k + 1] += exp_of<Need::kTerm>(smaller(all(0), v.b - reference));
+    });
+  });
+  return total(sums);
+}
+
+// The sum of e^(x - reference), if no x is larger than that.
+bool sum_below(float reference, Block x, int64_t n, float* sum) {
+  F sums[kVectors] = {};
+  U signs = {};
+  visit(x.type, [&](auto of) INLINED {
+    for_pairs<of.type>(x.data, n, [&](int64_t, int k, Pair v) INLINED {
+      signs |= (U)(reference - v.a) | (U)(reference - v.b);
+      sums[k] += exp_of<Need::kTerm>(v.a - reference);
+      sums[k + 1] += exp_of<Need::kTerm>(v.b - reference);
+    });
+  });
+  uint32_t lanes[kLanes], any = 0;
+  store(lanes, signs);
+  for (int i = 0; i < kLanes; ++i) any |= lanes[i];
+  *sum = total(sums);
+  return any >> 31 == 0;
+}
+
+// Once a row, and again where a block has larger logits than all before. Of logits that rise from block to
+// block many such factors are multiplied, so in double.
+double exp_difference(float a, float b) { return __builtin_exp(double(a) - b); }
+
+// The sum of the exponentials of a row, as it is read: of all but the largest, relative to the second.
+struct Sum {
+  TopTwo top = {-kInf, -kInf};
+  double others = 0;
+
+  void add(Block x, int64_t n) {
+    float sum;
+    if (top.second > -kInf && sum_below(top.second, x, n, &sum)) {
+      others += sum;
+      return;
+    }
+    const TopTwo here = top_two(x, n), now = join(top, here);
+    if (top.second > -kInf) others *= exp_difference(top.second, now.second);
+    const bool leads = here.max > top.max;
+    // The one that led before is one of the others now.
+    if (leads && top.max > -kInf) others += exp_difference(top.max, now.second);
+    top = now;
+    // The leader lies above the reference, if it is here, and counts as one in the sum.
+    others += sum_up_to(larger(top.second, kLowest), x, n) - (leads ? 1.f : 0.f);
+  }
+
+  void finish(float* max, float* tail) const {
+    *max = others == others ? top.max : kNaN;
+    *tail = float(top.second > -kInf ? others * exp_difference(top.second, top.max) : others);
+    if (!(top.max > -kInf && top.max < kInf)) *tail = kNaN;
+  }
+};
+
+// -- few classes --------------------------------------------------------------------------------------
+// Rows that do not fill a vector are read kRowsAtOnce together, with one in each lane.
+
+constexpr int kFew = 64;  // classes; from there on a row by itself is as fast
+static_assert(kRowsAtOnce == kStep);
+
+void label_statistics_of_few(const Logits& z, const int32_t* labels, float* max, float* tail,
+                             float* at_label, int64_t begin, int64_t end) {
+  const int64_t v = z.num_classes;
+  float flat[kFew * kStep], columns[kFew * kStep];
+  for (float& x : columns) x = -kInf;  // what is not overwritten are absent classes
+  for (int64_t i = begin; i < end; i += kStep) {
+    const int64_t rows = end - i < kStep ? end - i : kStep;
+    read(at(z.data, z.type, i * v), z.type, rows * v, 0, flat);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < v; ++j) columns[j * kStep + r] = flat[r * v + j];
+      const int64_t label = labels[i + r];
+      at_label[i + r] = 0 <= label && label < v ? flat[r * v + label] : 0;
+    }
+    float maxima[kStep], tails[kStep];
+    for (int k = 0; k < kStep; k += kLanes) {
+      F m = all(-kInf), second = all(-kInf);
+      for (int64_t j = 0; j < v; ++j) {
+        const F x = load<F>(columns + j * kStep + k);
+        second = larger(smaller(x, m), second);
+        m = larger(x, m);
+      }
+      const F reference = larger(all(kLowest), second);
+      F sums[4] = {};
+      for (int64_t j = 0; j < v; j += 4)
+        for (int l = 0; l < 4; ++l)
+          sums[l] += exp_of<Need::kTerm>(
+              smaller(all(0), load<F>(columns + (j + l) * kStep + k) - reference));
+      const F others = (sums[0] + sums[1]) + (sums[2] + sums[3]) - 1.f;
+      const F t = others == 0 ? F{} : others * exp_difference(second, m);
+      store(maxima + k, others == others ? m : all(kNaN));
+      store(tails + k, m - m == 0 ? t : all(kNaN));
+    }
+    std::memcpy(max + i, maxima, rows * sizeof(float));
+    std::memcpy(tail + i, tails, rows * sizeof(float));
+  }
+}
+
+void label_cotangent_of_few(const Logits& z, const int32_t* labels, const float* max,
+                            const float* at_label, const float* elsewhere, void* out, int64_t begin,
+                            int64_t end) {
+  const int64_t v = z.num_classes;
+  float flat[kFew * kStep], maxima[kFew * kStep] = {}, factors[kFew * kStep] = {};
+  for (int64_t i = begin; i < end; i += kStep) {
+    const int64_t rows = end - i < kStep ? end - i : kStep, n = rows * v;
+    read(at(z.data, z.type, i * v), z.type, n, 0, flat);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < v; ++j) {
+        maxima[r * v + j] = max[i + r];
+        factors[r * v + j] = elsewhere[i + r];
+      }
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const F distance = load<F>(flat + j) - load<F>(maxima + j);
+      store(flat + j, exp_of<Need::kExact>(distance) * load<F>(factors + j));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t label = labels[i + r];
+      if (elsewhere[i + r] == 0 && at_label[i + r] == 0)
+        std::memset(flat + r * v, 0, v * sizeof(float));
+      else if (0 <= label && label < v)
+        flat[r * v + label] = at_label[i + r];
+    }
+    write(at(out, z.type, i * v), z.type, n, flat);
+  }
+}
+
+// -- the kernels --------------------------------------------------------------------------------------
+
+bool has_few(const Logits& z) { return z.num_classes <= kFew && z.where == nullptr; }
+
+void label_statistics(const Logits& z, const int32_t* labels, float* max, float* tail,
+                      float* at_label, int64_t begin, int64_t end) {
+  if (has_few(z)) return label_statistics_of_few(z, labels, max, tail, at_label, begin, end);
+  float buffer[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    Sum sum;
+    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+      sum.add(read_logits(z, i, start, n, buffer), n);
+    });
+    sum.finish(max + i, tail + i);
+    const int64_t label = labels[i];
+    at_label[i] = 0 <= label && label < z.num_classes ? read_logit(z, i, label) : 0;
+  }
+}
+
+// Where the cotangent of a block is made: where it goes, or in a buffer, to be masked and written there.
+void finish(const Logits& z, int64_t row, int64_t start, int64_t n, float* buffer, void* out) {
+  const uint8_t* where = mask_of(z, row, start);
+  if (where != nullptr)
+    for (int64_t j = 0; j < n; ++j) buffer[j] = where[j] ? buffer[j] : 0.f;
+  write(out, z.type, n, buffer);
+}
+
+void label_cotangent(const Logits& z, const int32_t* labels, const float* max,
+                     const float* at_label, const float* elsewhere, void* out, int64_t begin,
+                     int64_t end) {
+  if (has_few(z))
+    return label_cotangent_of_few(z, labels, max, at_label, elsewhere, out, begin, end);
+  float buffer[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    void* const row = at(out, z.type, i * z.num_classes);
+    if (elsewhere[i] == 0 && at_label[i] == 0) {
+      write_zeros(row, z.type, z.num_classes);
+      continue;
+    }
+    const int64_t label = labels[i];
+    const float highest = quiet(max[i]), factor = quiet(elsewhere[i]);
+    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+      const Block x = read_logits(z, i, start, n, buffer);
+      void* const here = at(row, z.type, start);
+      void* const g = x.data == buffer ? buffer : here;
+      visit(x.type, [&](auto of) INLINED {
+        for_pairs<of.type>(x.data, n, [&](int64_t j, int, Pair v) INLINED {
+          narrow<of.type>(g, j, {exp_of<Need::kExact>(v.a - highest) * factor,
+                                 exp_of<Need::kExact>(v.b - highest) * factor});
+        });
+      });
+      if (start <= label && label < start + n) narrow(at(g, x.type, label - start), x.type, at_label[i]);
+      if (g == buffer) finish(z, i, start, n, buffer, here);
+    });
+  }
+}
+
+void target_statistics(const Logits& z, const Targets& y, float* max, float* tail, float* mass,
+                       float* moment, int64_t begin, int64_t end) {
+  float logits[kBlock], targets[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    Sum sum;
+    double mass_so_far = 0, moment_so_far = 0;  // about the largest logit so far
+    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+      const float before = larger(sum.top.max, kLowest);
+      Block x = read_logits(z, i, start, n, logits), t = read_targets(z, y, i, start, n, targets);
+      make_alike(n, &x, logits, &t, targets);
+      sum.add(x, n);
+      const float highest = larger(sum.top.max, kLowest);
+      if (mass_so_far != 0 && highest > before)
+        moment_so_far += mass_so_far * (double(before) - highest);
+      F masses[kVectors] = {}, moments[kVectors] = {};
+      visit_both(x.type, t.type, [&](auto of, auto of_targets) INLINED {
+        for_pairs<of.type>(x.data, n, [&](int64_t j, int k, Pair v) INLINED {
+          const Pair target = widen<of_targets.type>(t.data, j);
+          masses[k] += target.a;
+          masses[k + 1] += target.b;
+          // A class that is absent (-inf) and has no mass adds nothing.
+          moments[k] += target.a == 0 ? F{} : target.a * (v.a - highest);
+          moments[k + 1] += target.b == 0 ? F{} : target.b * (v.b - highest);
+        });
+      });
+      mass_so_far += total(masses);
+      moment_so_far += total(moments);
+    });
+    sum.finish(max + i, tail + i);
+    mass[i] = float(mass_so_far);
+    moment[i] = float(moment_so_far);
+  }
+}
+
+void target_cotangent(const Logits& z, const Targets& y, const float* max, const float* tail,
+                      const float* mass, const float* g_loss, const float* g_log_normalizer,
+                      void* out, int64_t begin, int64_t end) {
+  float logits[kBlock], targets[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    void* const row = at(out, z.type, i * z.num_classes);
+    if (g_loss[i] == 0 && g_log_normalizer[i] == 0) {
+      write_zeros(row, z.type, z.num_classes);
+      continue;
+    }
+    const float highest = quiet(max[i]), rest = quiet(tail[i]), all_mass = quiet(mass[i]);
+    const float g = quiet(g_loss[i]), scaled = g / (1 + rest);
+    const float uniform = quiet(g_log_normalizer[i]) / (1 + rest);
+    const float factor = scaled * all_mass + uniform;
+    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+      Block x = read_logits(z, i, start, n, logits), t = read_targets(z, y, i, start, n, targets);
+      make_alike(n, &x, logits, &t, targets);
+      void* const here = at(row, z.type, start);
+      void* const cotangent = x.data == logits ? logits : here;
+      const auto of_one = [&](F v, F target) INLINED {
+        const F distance = v - highest;
+        // At the largest logit nothing is to cancel.
+        const F at_max = ((all_mass - target) - target * rest) * scaled + uniform;
+        const F below = exp_of<Need::kExact>(distance) * factor - target * g;
+        return distance == 0 ? at_max : below;
+      };
+      visit_both(x.type, t.type, [&](auto of, auto of_targets) INLINED {
+        for_pairs<of.type>(x.data, n, [&](int64_t j, int, Pair v) INLINED {
+          const Pair target = widen<of_targets.type>(t.data, j);
+          narrow<of.type>(cotangent, j, {of_one(v.a, target.a), of_one(v.b, target.b)});
+        });
+      });
+      if (cotangent == logits) finish(z, i, start, n, logits, here);
+    });
+  }
+}
+
+}  // namespace
+
+extern const Kernels JAX_SCE_PASTE(kernels_, JAX_SCE_LEVEL);
+const Kernels JAX_SCE_PASTE(kernels_, JAX_SCE_LEVEL) = {
+    JAX_SCE_NAME(JAX_SCE_LEVEL),
+    label_statistics,
+    label_cotangent,
+    target_statistics,
+    target_cotangent,
+};
+
+}  // namespace jax_sce

@@ -1,0 +1,59 @@
+// What the kernels (rows.cc, compiled once for each instruction set) and their callers share.
+//
+// The mathematics is that of jax_sce/_rows.py, whose names these are: a row's logits have the largest
+// `max` and the `tail`, the sum of exp(logit - max) less one.
+
+#ifndef JAX_SCE_ROWS_H_
+#define JAX_SCE_ROWS_H_
+
+#include <cstdint>
+
+namespace jax_sce {
+
+// Parts of the rows begin at multiples of this, so that how many rows are read together never changes.
+constexpr int64_t kRowsAtOnce = 32;
+
+enum class Type { kF32, kBF16, kF16, kIds };  // kIds: one class id a row, int32
+
+struct Logits {  // [N, V]
+  const void* data;
+  Type type;
+  int64_t num_classes;
+  const uint8_t* where;  // which classes there are: null for all, or [N, V], or
+  bool where_is_shared;  // [V]
+};
+
+// w_c ((1 - e) y_c + e / V). On a masked class there is neither e / V nor, of a distribution, y_c.
+struct Targets {
+  const void* labels;  // [N, V], or [N] ids; an id outside [0, V) is NaN in all of its row
+  Type type;
+  const float* smoothing;  // e, one number
+  const float* share;      // 1 / V of each row, or
+  bool share_is_shared;    // of all
+  const float* class_weights;  // [V], or null
+};
+
+// Each works on the rows [begin, end), one after the other: what a row gives does not hang on them.
+struct Kernels {
+  const char* level;  // the instruction set
+  // The statistics, and the logit at the label: 0 if that is not in [0, V).
+  void (*label_statistics)(const Logits&, const int32_t* labels, float* max, float* tail,
+                           float* at_label, int64_t begin, int64_t end);
+  // elsewhere * exp(logit - max), and `at_label` at the label. `out` may be the logits. A row whose two
+  // factors are 0 is 0, whatever it holds.
+  void (*label_cotangent)(const Logits&, const int32_t* labels, const float* max,
+                          const float* at_label, const float* elsewhere, void* out, int64_t begin,
+                          int64_t end);
+  // The statistics, the sum of the targets, and that of the targets times (logit - max).
+  void (*target_statistics)(const Logits&, const Targets&, float* max, float* tail, float* mass,
+                            float* moment, int64_t begin, int64_t end);
+  // g_loss (o mass - y) + g_log_normalizer o. `out` may be the logits. A row whose two cotangents are 0
+  // is 0, whatever it holds.
+  void (*target_cotangent)(const Logits&, const Targets&, const float* max, const float* tail,
+                           const float* mass, const float* g_loss, const float* g_log_normalizer,
+                           void* out, int64_t begin, int64_t end);
+};
+
+}  // namespace jax_sce
+
+#endif  // JAX_SCE_ROWS_H_

@@ -1,0 +1,111 @@
+"""The native kernel for CPU: whether it is used, and if not, why.
+
+It is a part of the package that is compiled when this is installed, if there is a C++ compiler. It
+computes what the library computes without it, with the same exactness, several times as fast. It is on
+trial: only `JAX_SCE_NATIVE=1` uses it.
+
+    python -c "from jax_sce import native; print(native.status())"
+
+tells. The environment variable `JAX_SCE_NATIVE` is read when the first loss is traced: `0` or none does
+without the kernel, `1` takes the best for the processor, and the name of an instruction set (`baseline`,
+`x86_64_v3`, `x86_64_v4`) the kernel for that.
+"""
+
+import ctypes
+import functools
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+TARGETS = ("label_statistics", "label_cotangent", "target_statistics", "target_cotangent")
+
+
+class Status(NamedTuple):
+    """Whether there is a native kernel, and which, or why not."""
+
+    available: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return (
+            f"native kernel: {self.detail}"
+            if self.available
+            else f"no native kernel: {self.detail}"
+        )
+
+
+@functools.cache
+def status() -> Status:
+    """Load the native kernel, once, and tell what came of it.
+
+    Returns:
+      A `Status`: `available`, and in `detail` the instruction set or the reason.
+
+    Raises:
+      ValueError: `JAX_SCE_NATIVE` is not what it may be.
+
+    Example:
+      >>> from jax_sce import native
+      >>> isinstance(native.status().available, bool)
+      True
+    """
+    choice = os.environ.get("JAX_SCE_NATIVE", "0")
+    if choice == "0":
+        return Status(False, "JAX_SCE_NATIVE=1 would use it")
+    library = _find()
+    if library is None:
+        return Status(False, "it was not built; `pip install -v` shows why")
+    try:
+        return _load(ctypes.CDLL(str(library)), choice)
+    except OSError as error:  # of another platform, or damaged
+        return Status(False, str(error))
+
+
+def _find() -> Path | None:
+    """The compiled library: in the package, or where an editable installation keeps what it builds."""
+    from . import _native
+
+    paths = [Path(folder, "libjax_sce_rows.so") for folder in _native.__path__]
+    return next((path for path in paths if path.exists()), None)
+
+
+def _load(library: ctypes.CDLL, choice: str) -> Status:
+    built = library.jax_sce_ffi_major(), library.jax_sce_ffi_minor()
+    running = _ffi_version()
+    if running is not None and (built[0] != running[0] or built > running):
+        built_text, running_text = (".".join(map(str, x)) for x in (built, running))
+        return Status(
+            False,
+            f"built for version {built_text} of XLA's FFI, and the installed jaxlib has {running_text}: "
+            "install jax_sce anew",
+        )
+    library.jax_sce_use.restype = ctypes.c_char_p
+    level = library.jax_sce_use(b"best" if choice == "1" else choice.encode())
+    if level is None:
+        raise ValueError(
+            "JAX_SCE_NATIVE must be 0, 1, or an instruction set that the kernel was built for and this "
+            f"processor has, got {choice!r}"
+        )
+    for target in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, f"jax_sce_{target}"))
+        try:
+            jax.ffi.register_ffi_target(f"jax_sce.{target}", handler, platform="cpu")
+        except Exception as error:  # XLA refuses it: its own types of error are not public
+            return Status(False, f"XLA refuses it: {error}")
+    return Status(True, level.decode())
+
+
+def _ffi_version() -> tuple[int, int] | None:
+    """Of the FFI of the jaxlib that is installed; JAX tells it in the header that it ships alone."""
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
+    if not header.exists():
+        return None
+    parts = (
+        re.search(rf"#define XLA_FFI_API_{part} (\d+)", header.read_text())
+        for part in ("MAJOR", "MINOR")
+    )
+    major, minor = (int(part[1]) if part else 0 for part in parts)
+    return major, minor

@@ -1,0 +1,382 @@
+"""The native CPU kernels: what they give, where they are used, and that nothing else changes. To be
+run with `JAX_SCE_NATIVE=1`."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from jax_sce import (
+    _kernels,
+    _native,
+    _rows,
+    native,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels as integer_loss,
+)
+from jax_sce._kernels import Shared
+from jax_sce.testing import collectives
+
+needs_kernels = pytest.mark.skipif(
+    not native.status().available, reason=f"no kernels: {native.status().detail}"
+)
+U = 2.0**-24
+
+PLAIN = {
+    "label_statistics": _rows._label_statistics_on_arrays,
+    "label_cotangent": _rows._label_cotangent_on_arrays,
+    "target_statistics": _rows._target_statistics_on_arrays,
+    "target_cotangent": _rows._target_cotangent_on_arrays,
+}
+NONE = Shared(jnp.zeros(0, bool))
+LEVELS = (b"baseline", b"x86_64_v3", b"x86_64_v4")
+
+
+def run_plain(kernel, *operands):
+    arrays = [x.array if isinstance(x, Shared) else x for x in operands]
+    return jax.jit(PLAIN[kernel])(*arrays)
+
+
+@pytest.fixture
+def run():
+    """A kernel's results by every instruction set that there are kernels for here."""
+    library = ctypes.CDLL(str(native._find()))
+    library.jax_sce_use.restype = ctypes.c_char_p
+    levels = [name for name in LEVELS if library.jax_sce_use(name)]
+
+    def run(kernel, *operands):
+        compiled = jax.jit(lambda: _kernels.run(kernel, PLAIN[kernel], *operands)).lower().compile()
+        for level in levels:
+            library.jax_sce_use(level)
+            yield jax.block_until_ready(compiled())
+
+    yield run
+    library.jax_sce_use(native.status().detail.encode())
+
+
+# -- what they give -----------------------------------------------------------------------------------
+
+
+@needs_kernels
+def test_the_exponential_is_within_its_bound_everywhere(run):
+    """Of every 64th float from -2^-149 to -104, of those about 0, and at the end of the range."""
+    bits = np.arange(0x80000001, 0xC2D00000, 64, dtype=np.uint32)
+    x = np.concatenate([bits.view(np.float32), np.float32([-0.0, 0.0, -87.336544, -88.0, -np.inf])])
+    want = np.exp(x.astype(np.float64))
+    normal = want >= 2.0**-126
+    one, none = jnp.ones(1), jnp.full(1, -1, jnp.int32)
+    for (got,) in run("label_cotangent", jnp.asarray(x)[None], NONE, none, 0 * one, one, one):
+        got = np.asarray(got)[0].astype(np.float64)
+        error = np.abs(got - want)
+        assert np.max(error[normal] / want[normal]) <= 2 * U
+        assert np.max(error[~normal]) <= 2.0**-126
+        assert np.all(got[x == 0] == 1)
+        assert np.all(got[x < -88.1] == 0)
+
+
+def problem(num_rows, num_classes, dtype, mask, seed=0):
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    z = (4 * jax.random.normal(next(keys), (num_rows, num_classes))).astype(dtype)
+    z = z.at[0, -1].set(90)  # confident
+    labels = jax.random.randint(next(keys), (num_rows,), -1, num_classes)
+    where = {
+        "none": NONE,
+        "shared": Shared(jax.random.bernoulli(next(keys), 0.7, (num_classes,)).at[0].set(True)),
+        "own": jax.random.bernoulli(next(keys), 0.7, z.shape).at[:, 0].set(True),
+    }[mask]
+    targets = jax.nn.softmax(jax.random.normal(next(keys), z.shape)).astype(dtype)
+    factors = jax.random.normal(next(keys), (2, num_rows)).at[:, 1].set(0)
+    return z, labels, where, targets, *factors
+
+
+def assert_close(got, want, rtol, atol):
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def rounding(dtype):
+    """Two roundings to a dtype that may fall apart: relative, and below its normal numbers absolute."""
+    info = jnp.finfo(dtype)
+    return (0, 0) if info.bits == 32 else (float(info.eps), float(info.smallest_subnormal))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("num_classes", "dtype", "mask"),
+    [
+        (1, "float32", "none"),
+        (10, "bfloat16", "none"),
+        (65, "float32", "own"),
+        (1025, "float32", "none"),
+        (1025, "bfloat16", "shared"),
+        (1025, "float16", "own"),
+        (4097, "bfloat16", "none"),
+    ],
+)
+def test_they_are_what_plain_jax_is(num_classes, dtype, mask, run):
+    """To the bounds of `_rows.py`, twice: 16u for sums, (6 + distance) 2^-22 for cotangents, where no
+    distance is above 120. Of each class, what is below the smallest normal number may be lost."""
+    z, labels, where, targets, g, h = problem(40, num_classes, dtype, mask)
+    lost = num_classes * 2.0**-125
+    args = z, where, labels
+    want = run_plain("label_statistics", *args)
+    for got in run("label_statistics", *args):
+        assert_close(got, want, 32 * U, lost)
+
+    of_dtype, subnormal = rounding(dtype)
+    rtol = of_dtype + 2 * 126 * 2.0**-22
+    args = z, where, labels, want[0], g, h
+    want = run_plain("label_cotangent", *args)
+    for got in run("label_cotangent", *args):
+        assert_close(got, want, rtol, lost + subnormal)
+        assert np.all(np.asarray(got[0][1], np.float32) == 0)
+
+    share, no_weights = Shared(jnp.full(1, 1 / num_classes)), Shared(jnp.zeros(0))
+    weights = Shared(jnp.linspace(0, 2, num_classes))
+    smoothing, no_smoothing = Shared(jnp.full(1, 0.25)), Shared(jnp.zeros(1))
+    for options in ((no_smoothing, share, no_weights), (smoothing, share, weights)):
+        for y in (targets, labels):
+            args = z, where, y, *options
+            want = run_plain("target_statistics", *args)
+            for got in run("target_statistics", *args):
+                assert_close(got, want, 32 * U, lost)
+            # Relative to the terms of the difference: g, h and the targets are at most some 4.
+            args = *args, want[0], want[1], want[2], g, h
+            want = run_plain("target_cotangent", *args)
+            for got in run("target_cotangent", *args):
+                assert_close(got, want, rtol, 40 * 2.0**-22 + 4 * of_dtype)
+
+
+@needs_kernels
+def test_special_rows_are_as_in_plain_jax(run):
+    inf, nan = jnp.inf, jnp.nan
+    for num_classes in (3, 70, 1100):
+        z = jnp.zeros((7, num_classes)).at[:, 1].set(2.0)
+        z = z.at[0].set(-inf).at[1, 0].set(inf).at[2, 2].set(nan).at[3].set(nan)
+        z = z.at[4].set(-inf).at[4, 2].set(5.0).at[5, 0].set(-inf).at[6].set(1e8)
+        args = z, NONE, jnp.zeros(7, jnp.int32)
+        want = run_plain("label_statistics", *args)
+        for got in run("label_statistics", *args):
+            assert_close(got[1:], want[1:], 16 * U, 0)
+            highest = np.array([-inf, inf, nan, nan, 5, 2, 1e8], np.float32)
+            np.testing.assert_array_equal(got[0], highest)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_classes", [7, 300, 5000])
+def test_a_row_does_not_hang_on_the_others(num_classes):
+    z, labels, *_ = problem(100, num_classes, "float32", "none")
+    grad = jax.jit(jax.value_and_grad(lambda z, y: jnp.sum(integer_loss(z, y, weights=y >= 0))))
+    part = slice(32, 64)
+    np.testing.assert_array_equal(grad(z, labels)[1][part], grad(z[part], labels[part])[1])
+
+
+SCRIPT = """
+import jax, jax.numpy as jnp, hashlib
+from jax_sce import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels as loss, native
+assert native.status().available
+digest = hashlib.sha256()
+for n, v in ((5000, 10), (300, 1000), (9, 40000)):
+    z = 3 * jax.random.normal(jax.random.key(0), (n, v))
+    y = jax.random.randint(jax.random.key(1), (n,), 0, v)
+    for f in (lambda z: loss(z, y), lambda z: softmax_cross_entropy(z, jax.nn.softmax(-z))):
+        out, pull = jax.vjp(jax.jit(f), z)
+        digest.update(out.tobytes() + pull(out)[0].tobytes())
+print(digest.hexdigest())
+"""
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit():
+    def digest(threads):
+        env = {**os.environ, "NPROC": str(threads), "XLA_FLAGS": ""}
+        out = subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True
+        )
+        assert out.returncode == 0, out.stderr
+        return out.stdout
+
+    assert len({digest(threads) for threads in (1, 2, 5)}) == 1
+
+
+# -- where they are used ------------------------------------------------------------------------------
+
+
+def compiled_text(fn, *args):
+    return jax.jit(fn).lower(*args).compile().as_text()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gradient_is_two_calls_and_writes_nothing_of_the_logits_size(dtype):
+    z, ids = jnp.zeros((64, 4096), dtype), jnp.zeros(64, jnp.int32)
+    for loss, labels in ((integer_loss, ids), (softmax_cross_entropy, z)):
+        step = jax.jit(
+            jax.grad(lambda z, y, loss=loss: loss(z, y, reduction="mean")), donate_argnums=0
+        )
+        compiled = step.lower(z, labels).compile()
+        assert compiled.as_text().count('custom_call_target="jax_sce') == 2
+        assert compiled.memory_analysis().temp_size_in_bytes < z.nbytes / 50
+
+
+@needs_kernels
+def test_what_they_do_not_compute_is_left_to_xla():
+    z, y = jnp.zeros((4, 300)), jnp.zeros(4, jnp.int32)
+    assert "jax_sce" in compiled_text(lambda z: integer_loss(z, y), z)
+    assert "jax_sce." not in compiled_text(lambda z: integer_loss(z, y, softcap=3.0), z)
+    with jax.enable_x64(True):
+        wide = jnp.zeros((4, 300), jnp.float64)
+        assert "jax_sce." not in compiled_text(lambda z: integer_loss(z, y), wide)
+
+
+@needs_kernels
+def test_an_exported_program_does_without_them():
+    z, y = jnp.zeros((4, 300)), jnp.zeros(4, jnp.int32)
+    program = jax.jit(jax.grad(lambda z: integer_loss(z, y, reduction="mean")))
+    for platforms in (["cpu"], ["cpu", "cuda", "tpu"]):
+        exported = export.export(program, platforms=platforms)(z)
+        assert "jax_sce." not in exported.mlir_module()
+        np.testing.assert_allclose(exported.call(z), program(z), rtol=1e-6)
+
+
+@needs_kernels
+def test_vmap_over_anything():
+    """Over what each row has of its own it is one call; class weights of each example are plain JAX."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    z = jax.random.normal(keys[0], (3, 5, 70))
+    y = jax.random.randint(keys[1], (3, 5), 0, 70)
+    w = jax.random.uniform(keys[2], (3, 70))
+
+    def one(z, y, w):
+        return integer_loss(z, y, class_weights=w, label_smoothing=0.1)
+
+    for axes in (
+        (0, 0, 0),
+        (0, 0, None),
+        (1, 1, None),
+        (0, None, None),
+        (None, 0, None),
+        (None, None, 0),
+    ):
+        z_in, y_in, w_in = (
+            x if axis is not None else x[0] for x, axis in zip((z, y, w), axes, strict=True)
+        )
+        if axes[0] == 1:
+            z_in, y_in = z.swapaxes(0, 1), y.swapaxes(0, 1)
+        got = jax.jit(jax.vmap(one, axes))(z_in, y_in, w_in)
+        want = [
+            one(
+                *(
+                    x[i] if axis is not None else x[0]
+                    for x, axis in zip((z, y, w), axes, strict=True)
+                )
+            )
+            for i in range(3)
+        ]
+        np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-6)
+    text = compiled_text(jax.vmap(one, (0, 0, None)), z, y, w[0])
+    assert text.count('custom_call_target="jax_sce') == 1
+
+
+@needs_kernels
+def test_without_jit():
+    z, y = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([0])
+    with jax.disable_jit():
+        got = jax.value_and_grad(lambda z: integer_loss(z, y, reduction="sum"))(z)
+    want = jax.value_and_grad(lambda z: integer_loss(z, y, reduction="sum"))(z)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["masked", "smoothed", "dense"])
+@pytest.mark.parametrize(
+    "spec", [P("data", "model"), P("data", None, "model")], ids=["examples", "classes"]
+)
+def test_plain_jit_splits_them_and_gathers_nothing(spec, kind):
+    """Each device does its own rows; where the classes are split, a maximum and a sum cross."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    z = 3 * jax.random.normal(keys[0], (16, 4, 512))
+    y = jax.random.randint(keys[1], (16, 4), 0, 512)
+    dense = jax.nn.softmax(jax.random.normal(keys[2], z.shape))
+    where = jnp.arange(512)[None, None] % 5 > 0
+
+    def loss(z, y):
+        if kind == "dense":
+            return softmax_cross_entropy(z, dense, reduction="mean")
+        options = {
+            "masked": {"where": where},
+            "smoothed": {"label_smoothing": 0.1, "class_weights": jnp.linspace(0, 2, 512)},
+        }[kind]
+        return integer_loss(z, jnp.where(y % 5 == 0, 1, y), reduction="mean", **options)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    placed = (
+        jax.device_put(z, NamedSharding(mesh, spec)),
+        jax.device_put(y, NamedSharding(mesh, P(*spec[:2]))),
+    )
+    compiled = step.lower(*placed).compile()
+    # Of each row at most a maximum and four sums; and XLA makes the class weights in parts.
+    assert max(c.bytes for c in collectives(compiled)) <= max(4 * 64, 512) * 4
+    splits_classes = len(spec) == 3
+    assert compiled.as_text().count('custom_call_target="jax_sce') == (0 if splits_classes else 2)
+    got, want = compiled(*placed), step(z, y)
+    assert got[1].sharding.is_equivalent_to(placed[0].sharding, 3)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-9)
+
+
+# -- what there is to tell ----------------------------------------------------------------------------
+
+
+def status_with(choice):
+    return subprocess.run(
+        [sys.executable, "-c", "from jax_sce import native; print(native.status())"],
+        env={**os.environ, "JAX_SCE_NATIVE": choice},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_it_can_be_switched_off():
+    assert status_with("0").stdout == "no native kernel: JAX_SCE_NATIVE=1 would use it\n"
+
+
+@needs_kernels
+def test_the_instruction_set_can_be_chosen_and_must_exist():
+    assert status_with("baseline").stdout == "native kernel: baseline\n"
+    assert "JAX_SCE_NATIVE must be 0, 1, or an instruction set" in status_with("sse9").stderr
+
+
+def test_what_was_built_for_a_newer_xla_is_not_used():
+    """XLA would refuse it only when its first program runs, and say no more than that it cannot."""
+    library = SimpleNamespace(jax_sce_ffi_major=lambda: 0, jax_sce_ffi_minor=lambda: 999)
+    status = native._load(library, "1")
+    assert not status.available
+    assert "built for version 0.999 of XLA's FFI, and the installed jaxlib has 0." in status.detail
+
+
+def test_what_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(_native, "__path__", [])
+    monkeypatch.setenv("JAX_SCE_NATIVE", "1")
+    status = native.status.__wrapped__()
+    assert not status.available
+    assert str(status).startswith("no native kernel: it was not built")
+
+
+def test_what_cannot_be_loaded_is_told(monkeypatch, tmp_path):
+    (tmp_path / "libjax_sce_rows.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_native, "__path__", [str(tmp_path)])
+    monkeypatch.setenv("JAX_SCE_NATIVE", "1")
+    assert "libjax_sce_rows.so" in native.status.__wrapped__().detail
