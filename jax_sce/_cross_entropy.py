@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from . import _axis, _checks, _rows
 from ._axis import AxisName
+from ._kernels import is_symbolic_zero
 from ._label_check import checked, is_class
 from ._reduction import REDUCTIONS, both, reduce_losses, times
 from ._rows import Rows, Statistics, Targets
@@ -703,18 +704,14 @@ def _target_jvp(primals, tangents):
 
 
 def _moves(tangent) -> bool:
-    leaves = jax.tree.leaves(tangent, is_leaf=_is_symbolic_zero)
-    return not all(map(_is_symbolic_zero, leaves))
+    leaves = jax.tree.leaves(tangent, is_leaf=is_symbolic_zero)
+    return not all(map(is_symbolic_zero, leaves))
 
 
 def _instantiate(tangent, primal):
     def zeros(x, like):
-        if not _is_symbolic_zero(x):
+        if not is_symbolic_zero(x):
             return x
         return _axis.vary(jnp.zeros(x.shape, x.dtype), _axis.varying(like))
 
-    return jax.tree.map(zeros, tangent, primal, is_leaf=_is_symbolic_zero)
-
-
-def _is_symbolic_zero(x) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
+    return jax.tree.map(zeros, tangent, primal, is_leaf=is_symbolic_zero)

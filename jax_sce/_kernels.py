@@ -1,17 +1,21 @@
 """The native kernels (`_native/`) as functions of arrays, and which rows they are for.
 
-Each is one primitive of JAX with a name in it. It is compiled to a call of the kernel where a program is
-for this machine alone; in an exported program, which must run where there is no kernel, and where XLA is
-to partition the program over devices, it is compiled to the same in plain JAX. `vmap` adds an axis.
+Each is one primitive of JAX with a name in it. It is compiled to a call of the kernel for each device's
+own rows. In an exported program, which must run where there is no kernel, on meshes with explicit axes
+or partly manual ones, and where the classes are split, it is compiled to the same in plain JAX. `vmap`
+adds an axis.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _axis, native
 
@@ -21,7 +25,7 @@ Plain = Callable[..., tuple[Array, ...]]  # the same of the same arguments
 
 
 def serve(logits: Array, softcap: Array | None, *labels: Array) -> bool:
-    """Whether the kernels are for these rows. It is decided here and nowhere else."""
+    """Whether the kernels are for logits and labels like these; `lower_on_cpu`, if for a program."""
     return (
         all(x.dtype in _DTYPES for x in (logits, *labels))
         and softcap is None
@@ -41,17 +45,13 @@ def or_by_kernel(kernel: Callable[[], Callable], *, when: Callable[..., bool]) -
 
         @functools.partial(on_cpu.defjvp, symbolic_zeros=True)
         def jvp(primals, tangents):
-            # An argument that is not differentiated gets no tangent of 0, which an infinity makes NaN.
             leaves, tree = jax.tree.flatten(primals)
-            dots = jax.tree.leaves(tangents, is_leaf=_is_symbolic_zero)
-            moving = {i: x for i, x in enumerate(dots) if not _is_symbolic_zero(x)}
+            dots = jax.tree.leaves(tangents, is_leaf=is_symbolic_zero)
 
-            def of_moving(moved):
-                return plain(
-                    *jax.tree.unflatten(tree, [moved.get(i, x) for i, x in enumerate(leaves)])
-                )
+            def of_leaves(*leaves):
+                return plain(*jax.tree.unflatten(tree, leaves))
 
-            return jax.jvp(of_moving, ({i: leaves[i] for i in moving},), (moving,))
+            return _push(of_leaves, leaves, dots, is_symbolic_zero)
 
         @functools.wraps(plain)
         def chosen(*args):
@@ -62,8 +62,18 @@ def or_by_kernel(kernel: Callable[[], Callable], *, when: Callable[..., bool]) -
     return decorate
 
 
-def _is_symbolic_zero(x: object) -> bool:
+def is_symbolic_zero(x: object) -> bool:
     return isinstance(x, jax.custom_derivatives.SymbolicZero)
+
+
+def _push(function: Callable, primals: Sequence, tangents: Sequence, is_zero: Callable):
+    """As `jax.jvp`. What does not move gets no tangent of 0, which an infinity makes NaN."""
+    moving = {i: x for i, x in enumerate(tangents) if not is_zero(x)}
+
+    def of_moving(moved):
+        return function(*(moved.get(i, x) for i, x in enumerate(primals)))
+
+    return jax.jvp(of_moving, ({i: primals[i] for i in moving},), (moving,))
 
 
 class Shared(NamedTuple):
@@ -86,7 +96,7 @@ def run(kernel: str, plain: Plain, logits: Array, *operands: Array | Shared) -> 
 def _primitive():
     """Made on first use: what it needs takes long to import."""
     from jax.extend.core import Primitive
-    from jax.interpreters import batching, mlir
+    from jax.interpreters import ad, batching, mlir
 
     primitive = Primitive("jax_sce_rows")
     primitive.multiple_results = True
@@ -106,9 +116,8 @@ def _primitive():
         return [of_rows] * (3 if kernel == "label_statistics" else 4)
 
     def lower(context, *operands, kernel, plain, shared):
-        aliases = {0: 0} if kernel.endswith("cotangent") else {}
-        rule = jax.ffi.ffi_lowering(f"jax_sce.{kernel}", operand_output_aliases=aliases)
-        return rule(context, *operands)
+        call = functools.partial(_call, kernel, shared, context.avals_out)
+        return mlir.lower_fun(call, multiple_results=True)(context, *operands)
 
     def lower_plain(context, *operands, kernel, plain, shared):
         return mlir.lower_fun(plain, multiple_results=True)(context, *operands)
@@ -127,6 +136,11 @@ def _primitive():
         else:
             rule = lower_partitioned if can_be_partitioned(module.axis_context) else lower_plain
         return rule(context, *operands, **params)
+
+    def jvp(primals, tangents, *, kernel, plain, shared):
+        # `or_by_kernel` has the derivatives, but JAX 0.10 forgets that of what `jax.checkpoint` computes
+        # again, and differentiates this then for the second derivatives.
+        return _push(plain, primals, tangents, lambda x: isinstance(x, ad.Zero))
 
     def batch(args, dims, *, kernel, plain, shared):
         if any(is_shared and d is not None for is_shared, d in zip(shared, dims, strict=True)):
@@ -153,8 +167,32 @@ def _primitive():
     primitive.def_abstract_eval(shapes)
     mlir.register_lowering(primitive, lower_plain)
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
+    ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+def _call(kernel: str, shared: tuple[bool, ...], results, *operands: Array) -> list[Array]:
+    """The kernel itself, which is given all rows on one axis. A cotangent is written over the logits."""
+    rows = operands[0].shape[:-1]
+
+    def flat(x):
+        return (math.prod(rows), *x.shape[len(rows) :])
+
+    logits, *others = (
+        x if is_shared else x.reshape(flat(x))
+        for x, is_shared in zip(operands, shared, strict=True)
+    )
+    aliases = {}
+    if kernel.endswith("cotangent"):
+        # What was reshaped just before, XLA's layout assignment would copy, to have it written over.
+        logits, aliases = lax.optimization_barrier(logits), {0: 0}
+    out = jax.ffi.ffi_call(
+        f"jax_sce.{kernel}",
+        [jax.ShapeDtypeStruct(flat(x), x.dtype) for x in results],
+        input_output_aliases=aliases,
+    )(logits, *others)
+    return [x.reshape(result.shape) for x, result in zip(out, results, strict=True)]
 
 
 def _ask_for_devices(primitive) -> bool:
@@ -176,29 +214,39 @@ def _is_local(axis_context) -> bool:
 
 
 def _partitioned(call: Callable, plain: Plain, avals, shared: tuple[bool, ...]) -> Callable:
-    """The call, and how to split it over devices: each does its own rows. Where the classes are split,
-    it is plain JAX that does, for that knows how to merge the parts of a row."""
+    """The call, and how to split it over devices: as the logits are split, each does its own rows. Where
+    the classes are split, it is plain JAX that does, for that knows how to merge the parts of a row."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
     logits = avals[0]
-    rows = " ".join(f"n{i}" for i in range(logits.ndim - 1))
+    rows = tuple(f"n{i}" for i in range(logits.ndim - 1))
 
-    def factors(i, shape):
+    def factors(i: int, rank: int) -> tuple[str, ...]:
+        """The names of an operand's axes. Results have those that logits of their rank would have."""
         if shared[i]:
-            return "v" if shape == (logits.shape[-1],) != (1,) else f"x{i}"
-        return f"{rows} v" if len(shape) == logits.ndim else rows
-
-    args = ", ".join(factors(i, x.shape) for i, x in enumerate(avals))
+            return ("v",) if avals[i].shape == (logits.shape[-1],) != (1,) else (f"x{i}",)
+        return (*rows, "v") if rank == logits.ndim else rows
 
     def rule(mesh, arg_types, result_types):
-        results = (f"{rows} v" if x.rank == logits.ndim else rows for x in result_types)
-        return f"{args} -> {', '.join(results)}"
+        args = (factors(i, x.ndim) for i, x in enumerate(avals))
+        results = (factors(0, x.rank) for x in result_types)
+        return " -> ".join(", ".join(map(" ".join, names)) for names in (args, results))
 
     def partition(mesh, args, results):
-        of_classes = args[0].sharding.spec[-1]
+        spec = tuple(args[0].sharding.spec)
+        axes = dict(itertools.zip_longest((*rows, "v"), spec))
+
+        def split(names: tuple[str, ...]) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*map(axes.get, names)))
+
+        of_classes = axes["v"]
         local = call if of_classes is None else functools.partial(plain, axis_name=of_classes)
-        args, results = (jax.tree.map(lambda x: x.sharding, x) for x in (args, results))
-        return mesh, local, results, args
+        return (
+            mesh,
+            local,
+            [split(factors(0, len(x.shape))) for x in results],
+            tuple(split(factors(i, len(x.shape))) for i, x in enumerate(args)),
+        )
 
     function = custom_partitioning(lambda *operands: call(*operands))
     function.def_partition(partition, sharding_rule=rule)

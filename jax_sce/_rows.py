@@ -679,6 +679,9 @@ def _pull_target_by_kernel(
     g_loss: Array,
     g_log_normalizer: Array,
 ) -> tuple[Array, None]:
+    tell = stats.tail + mass
+    # What is not finite times 0 is NaN; but a kernel makes a row of 0 of two cotangents of 0.
+    g_loss = jnp.where((g_loss == 0) & ~jnp.isfinite(tell), jnp.nan, g_loss)
     (cotangent,) = _kernels.run(
         "target_cotangent",
         _target_cotangent_on_arrays,
@@ -687,7 +690,7 @@ def _pull_target_by_kernel(
         stats.max,
         stats.tail,
         mass,
-        *_only_rows(counts, stats.tail + mass, g_loss, g_log_normalizer),
+        *_only_rows(counts, tell, g_loss, g_log_normalizer),
     )
     return _as_laid_out(rows, cotangent), None
 

@@ -1,13 +1,12 @@
 """The native kernel for CPU: whether it is used, and if not, why.
 
 It is a part of the package that is compiled when this is installed, if there is a C++ compiler. It
-computes what the library computes without it, with the same exactness, several times as fast. It is on
-trial: only `JAX_SCE_NATIVE=1` uses it.
+computes what the library computes without it, to the same bounds, faster.
 
     python -c "from jax_sce import native; print(native.status())"
 
-tells. The environment variable `JAX_SCE_NATIVE` is read when the first loss is traced: `0` or none does
-without the kernel, `1` takes the best for the processor, and the name of an instruction set (`baseline`,
+tells. The environment variable `JAX_SCE_NATIVE` is read when the first loss is traced: `0` does without
+the kernel, `1` or none takes the best for the processor, and the name of an instruction set (`baseline`,
 `x86_64_v3`, `x86_64_v4`) the kernel for that.
 """
 
@@ -52,15 +51,15 @@ def status() -> Status:
       >>> isinstance(native.status().available, bool)
       True
     """
-    choice = os.environ.get("JAX_SCE_NATIVE", "0")
+    choice = os.environ.get("JAX_SCE_NATIVE") or "1"
     if choice == "0":
-        return Status(False, "JAX_SCE_NATIVE=1 would use it")
+        return Status(False, "JAX_SCE_NATIVE=0 switches it off")
     library = _find()
     if library is None:
         return Status(False, "it was not built; `pip install -v` shows why")
     try:
         return _load(ctypes.CDLL(str(library)), choice)
-    except OSError as error:  # of another platform, or damaged
+    except (OSError, AttributeError) as error:  # of another platform or version, or damaged
         return Status(False, str(error))
 
 
@@ -99,13 +98,12 @@ def _load(library: ctypes.CDLL, choice: str) -> Status:
 
 
 def _ffi_version() -> tuple[int, int] | None:
-    """Of the FFI of the jaxlib that is installed; JAX tells it in the header that it ships alone."""
+    """Of the FFI of the jaxlib that is installed, which tells it only in the header that it ships."""
     header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
     if not header.exists():
         return None
-    parts = (
+    major, minor = (
         re.search(rf"#define XLA_FFI_API_{part} (\d+)", header.read_text())
         for part in ("MAJOR", "MINOR")
     )
-    major, minor = (int(part[1]) if part else 0 for part in parts)
-    return major, minor
+    return (int(major[1]), int(minor[1])) if major and minor else None

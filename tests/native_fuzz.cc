@@ -20,17 +20,10 @@
 #include <thread>
 #include <vector>
 
+#include "levels.h"
 #include "rows.h"
 
 namespace jax_sce {
-
-extern const Kernels kernels_baseline;
-#ifdef JAX_SCE_HAS_X86_64_V3
-extern const Kernels kernels_x86_64_v3;
-#endif
-#ifdef JAX_SCE_HAS_X86_64_V4
-extern const Kernels kernels_x86_64_v4;
-#endif
 
 namespace {
 
@@ -41,21 +34,6 @@ constexpr Real kU = 0x1p-24L;     // the unit roundoff of float
 constexpr Real kStep = 0x1p-149L;  // of its subnormal numbers
 constexpr Real kExact = 2, kTerms = 5;  // u, of an exponential by itself, and of a sum of 128
 constexpr Real kLost = -87.3L;    // log(2^-126): exponentials of less may be 0
-
-std::vector<const Kernels*> levels() {
-  std::vector<const Kernels*> found = {&kernels_baseline};
-#ifdef JAX_SCE_HAS_X86_64_V3
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    found.push_back(&kernels_x86_64_v3);
-#endif
-#ifdef JAX_SCE_HAS_X86_64_V4
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    found.push_back(&kernels_x86_64_v4);
-#endif
-  return found;
-}
 
 // -- chance -------------------------------------------------------------------------------------------
 
@@ -853,7 +831,7 @@ int main(int argc, char** argv) {
   using namespace jax_sce;
   const long rounds = argc > 1 ? std::strtol(argv[1], nullptr, 10) : 5;
   const auto seed = static_cast<uint32_t>(argc > 2 ? std::strtoul(argv[2], nullptr, 10) : 0);
-  Fuzzer fuzzer{levels(), seed, {std::mt19937(seed)}};
+  Fuzzer fuzzer{kernels_here(), seed, {std::mt19937(seed)}};
   for (Type type : {Type::kBF16, Type::kF16}) fuzzer.check_conversions(type);
   fuzzer.check_exponentials();
   fuzzer.check_ascents();

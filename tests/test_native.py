@@ -1,7 +1,7 @@
-"""The native CPU kernels: what they give, where they are used, and that nothing else changes. To be
-run with `JAX_SCE_NATIVE=1`."""
+"""The native CPU kernels: what they give, where they are used, and that nothing else changes."""
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from jax_sce import (
     _kernels,
     _native,
     _rows,
+    linear_softmax_cross_entropy,
     native,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels as integer_loss,
@@ -115,8 +116,9 @@ def rounding(dtype):
     ("num_classes", "dtype", "mask"),
     [
         (1, "float32", "none"),
-        (10, "bfloat16", "none"),
-        (65, "float32", "own"),
+        (10, "bfloat16", "shared"),
+        (100, "float32", "own"),
+        (113, "float32", "none"),
         (1025, "float32", "none"),
         (1025, "bfloat16", "shared"),
         (1025, "float16", "own"),
@@ -172,6 +174,22 @@ def test_special_rows_are_as_in_plain_jax(run):
             np.testing.assert_array_equal(got[0], highest)
 
 
+@pytest.mark.parametrize("kind", ["ids", "smoothed", "dense", "weighted"])
+def test_a_cotangent_of_0_hides_no_nan(kind):
+    """As in plain JAX, where it is 0 times NaN; but for a weight of 0, which leaves the row out."""
+    z = jnp.zeros((3, 5)).at[1, 2].set(jnp.nan).at[2, 0].set(jnp.inf)
+    ids, targets = jnp.zeros(3, jnp.int32), jnp.full((3, 5), 0.2)
+    loss = {
+        "ids": lambda z: integer_loss(z, ids),
+        "smoothed": lambda z: integer_loss(z, ids, label_smoothing=0.1),
+        "dense": lambda z: softmax_cross_entropy(z, targets),
+        "weighted": lambda z: softmax_cross_entropy(z, targets, weights=jnp.zeros(3)),
+    }[kind]
+    (got,) = jax.vjp(loss, z)[1](jnp.zeros(3))
+    want = jnp.zeros((3, 5)) if kind == "weighted" else jnp.zeros((3, 5)).at[1:].set(jnp.nan)
+    np.testing.assert_array_equal(got, want)
+
+
 @needs_kernels
 @pytest.mark.parametrize("num_classes", [7, 300, 5000])
 def test_a_row_does_not_hang_on_the_others(num_classes):
@@ -182,14 +200,16 @@ def test_a_row_does_not_hang_on_the_others(num_classes):
 
 
 SCRIPT = """
-import jax, jax.numpy as jnp, hashlib
+import hashlib
+import jax, numpy as np
 from jax_sce import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels as loss, native
 assert native.status().available
 digest = hashlib.sha256()
+draws = np.random.default_rng(0)  # and not JAX's, which may hang on the threads
 for n, v in ((5000, 10), (300, 1000), (9, 40000)):
-    z = 3 * jax.random.normal(jax.random.key(0), (n, v))
-    y = jax.random.randint(jax.random.key(1), (n,), 0, v)
-    for f in (lambda z: loss(z, y), lambda z: softmax_cross_entropy(z, jax.nn.softmax(-z))):
+    z = 3 * draws.standard_normal((n, v), np.float32)
+    y, p = draws.integers(0, v, n), draws.random((n, v), np.float32)
+    for f in (lambda z: loss(z, y), lambda z: softmax_cross_entropy(z, p)):
         out, pull = jax.vjp(jax.jit(f), z)
         digest.update(out.tobytes() + pull(out)[0].tobytes())
 print(digest.hexdigest())
@@ -206,7 +226,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert out.returncode == 0, out.stderr
         return out.stdout
 
-    assert len({digest(threads) for threads in (1, 2, 5)}) == 1
+    assert len({digest(threads) for threads in (1, 5)}) == 1
 
 
 # -- where they are used ------------------------------------------------------------------------------
@@ -227,6 +247,18 @@ def test_a_gradient_is_two_calls_and_writes_nothing_of_the_logits_size(dtype):
         compiled = step.lower(z, labels).compile()
         assert compiled.as_text().count('custom_call_target="jax_sce') == 2
         assert compiled.memory_analysis().temp_size_in_bytes < z.nbytes / 50
+
+
+@needs_kernels
+def test_logits_that_were_reshaped_are_not_copied():
+    """As those of a model are: XLA multiplies [batch * time, D] by [D, V], and reshapes that."""
+    z, y = jnp.zeros((64, 4096)), jnp.zeros((8, 8), jnp.int32)
+
+    def loss(z):
+        return integer_loss(z.reshape(8, 8, 4096), y, reduction="mean")
+
+    compiled = jax.jit(jax.grad(loss), donate_argnums=0).lower(z).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < z.nbytes / 50
 
 
 @needs_kernels
@@ -289,6 +321,43 @@ def test_vmap_over_anything():
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", ["ids", "dense", "head", "smoothed head"])
+def test_second_derivatives_and_forward_mode(kind):
+    """In float32, by every order of the modes: JAX 0.10 forgets some rules in reverse over reverse mode.
+    No entry is above 4, and each sums some ten terms with an error of 8u."""
+    draw = np.random.default_rng(5)
+    z, hidden = draw.normal(size=(2, 5)), draw.normal(size=(3, 2))
+    ids, y = np.array([1, 4, 0]), draw.dirichlet(np.ones(5), 3)
+
+    def loss(z, **options):
+        if kind == "ids":
+            return integer_loss(hidden @ z, ids, reduction="sum", **options)
+        if kind == "dense":
+            return softmax_cross_entropy(hidden @ z, y, reduction="sum", **options)
+        smoothing = 0.1 * (kind == "smoothed head")
+        return linear_softmax_cross_entropy(
+            hidden, z, ids, label_smoothing=smoothing, reduction="sum", chunk_size=2, **options
+        )
+
+    def reference(z):
+        hot = jax.nn.one_hot(ids, 5, dtype=z.dtype)
+        hot = {"dense": y, "smoothed head": 0.9 * hot + 0.02}.get(kind, hot)
+        return -jnp.sum(hot * jax.nn.log_softmax(hidden @ z))
+
+    with jax.enable_x64(True):
+        want = jax.hessian(reference)(z)
+    z, hidden, y = (jnp.asarray(x, jnp.float32) for x in (z, hidden, y))
+    forward = functools.partial(loss, forward_mode=True)
+    for got in (
+        jax.jacrev(jax.grad(loss)),
+        jax.jacfwd(jax.grad(loss)),
+        jax.jacrev(jax.jacfwd(forward)),
+        jax.hessian(forward),
+    ):
+        np.testing.assert_allclose(jax.jit(got)(z), want, rtol=0, atol=4 * 80 * U)
+
+
+@needs_kernels
 def test_without_jit():
     z, y = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([0])
     with jax.disable_jit():
@@ -337,6 +406,62 @@ def test_plain_jit_splits_them_and_gathers_nothing(spec, kind):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-9)
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("z_spec", "y_spec", "out_spec"),
+    [
+        (P(), P("data"), P()),
+        (P("data"), P("model"), P("data")),
+        (P("data"), P(), P("data")),
+        (P(), P(), P("data")),
+        (P("data"), P("data", "model"), P("data")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["ids", "masked", "dense"])
+def test_plain_jit_splits_what_was_split_otherwise(kind, z_spec, y_spec, out_spec):
+    """The labels, the mask and the gradient follow the logits, however they were given or are wanted."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    z, ids, _, targets, *_ = problem(16, 40, "float32", "none")
+    ids = jnp.maximum(ids, 0)
+    other = {"ids": ids, "masked": jnp.ones(z.shape, bool).at[:, 3:9].set(False), "dense": targets}[
+        kind
+    ]
+    if kind == "ids":
+        y_spec = P(*y_spec[:1])
+
+    def loss(z, other):
+        if kind == "dense":
+            return jnp.sum(softmax_cross_entropy(z, other))
+        if kind == "masked":
+            return jnp.sum(integer_loss(z, jnp.zeros_like(ids), where=other, label_smoothing=0.1))
+        return jnp.sum(integer_loss(z, other))
+
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    step = jax.jit(
+        jax.value_and_grad(loss),
+        out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, out_spec)),
+    )
+    got, want = step(put(z, z_spec), put(other, y_spec)), jax.value_and_grad(loss)(z, other)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-8)
+
+
+@needs_kernels
+def test_inside_shard_map_each_device_calls_them():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    z, y, *_ = problem(64, 300, "float32", "none")
+
+    def gradient(z, y):
+        return jax.grad(lambda z: jnp.sum(integer_loss(z, y)))(z)
+
+    spec = P(("data", "model"))
+    split = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec))
+    assert compiled_text(split, z, y).count('custom_call_target="jax_sce') == 2
+    np.testing.assert_array_equal(split(z, y), jax.jit(gradient)(z, y))
+
+
 # -- what there is to tell ----------------------------------------------------------------------------
 
 
@@ -350,7 +475,7 @@ def status_with(choice):
 
 
 def test_it_can_be_switched_off():
-    assert status_with("0").stdout == "no native kernel: JAX_SCE_NATIVE=1 would use it\n"
+    assert status_with("0").stdout == "no native kernel: JAX_SCE_NATIVE=0 switches it off\n"
 
 
 @needs_kernels
@@ -373,6 +498,10 @@ def test_what_is_not_there_is_told(monkeypatch):
     status = native.status.__wrapped__()
     assert not status.available
     assert str(status).startswith("no native kernel: it was not built")
+
+
+def test_nothing_said_is_as_if_not_set():
+    assert status_with("").stdout == status_with("1").stdout
 
 
 def test_what_cannot_be_loaded_is_told(monkeypatch, tmp_path):

@@ -126,12 +126,11 @@ def test_an_exported_program_is_the_same(kind):
     fn = jax.jit(jax.value_and_grad(mean(kind)))
     exported = jax.export.export(fn, platforms=("cpu", "cuda", "tpu"))(*args)
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
-    # The choice of the platform at run time is compiled otherwise: some roundings differ.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=16 * 2.0**-24, atol=2.0**-30),
-        exported.call(*args),
-        fn(*args),
-    )
+    # It does without the native kernels, and the choice of the platform at run time is compiled
+    # otherwise: some roundings differ, of the terms of a gradient that is a sum.
+    for a, b in zip(*map(jax.tree.leaves, (exported.call(*args), fn(*args))), strict=True):
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=16 * 2.0**-24, atol=8 * 2.0**-24 * scale)
 
 
 @pytest.mark.parametrize("kind", KINDS)

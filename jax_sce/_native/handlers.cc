@@ -8,10 +8,16 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <vector>
 
+#include "levels.h"
 #include "rows.h"
 #include "xla/ffi/api/ffi.h"
+
+// The FFI binds a handler's arguments by their types; that this one is a context it has to be told.
+template <>
+struct xla::ffi::CtxBinding<xla::ffi::ThreadPool> {
+  using Ctx = ThreadPool;
+};
 
 namespace jax_sce {
 
@@ -21,39 +27,9 @@ using ffi::Error;
 using ffi::Result;
 using ffi::ThreadPool;
 
+namespace {
+
 // -- which kernels ------------------------------------------------------------------------------------
-
-extern const Kernels kernels_baseline;
-#ifdef JAX_SCE_HAS_X86_64_V3
-extern const Kernels kernels_x86_64_v3;
-#endif
-#ifdef JAX_SCE_HAS_X86_64_V4
-extern const Kernels kernels_x86_64_v4;
-#endif
-
-namespace {
-
-// Those that were built and that this processor can run, the best first.
-std::vector<const Kernels*> kernels_here() {
-  std::vector<const Kernels*> found = {&kernels_baseline};
-#ifdef JAX_SCE_HAS_X86_64_V3
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2")) {
-    found.insert(found.begin(), &kernels_x86_64_v3);
-#ifdef JAX_SCE_HAS_X86_64_V4
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      found.insert(found.begin(), &kernels_x86_64_v4);
-#endif
-  }
-#endif
-  return found;
-}
-
-}  // namespace
-
-namespace {
 
 std::atomic<const Kernels*> current{nullptr};
 
@@ -155,6 +131,20 @@ Error read_targets(const Problem& problem, const AnyBuffer& labels, const In<F32
   return Error::Success();
 }
 
+// What there is one of for each row.
+template <class... Buffers>
+Error check_rows(const Problem& problem, Buffers&... buffers) {
+  if (((static_cast<int64_t>(buffers.element_count()) == problem.num_rows) && ...))
+    return Error::Success();
+  return Error::InvalidArgument("labels, statistics and cotangents must be one a row");
+}
+
+Error check_cotangent(const AnyBuffer& logits, AnyBuffer& out) {
+  if (out.element_type() == logits.element_type() && out.element_count() == logits.element_count())
+    return Error::Success();
+  return Error::InvalidArgument("the cotangent must have the type and the size of the logits");
+}
+
 #define RETURN_IF_ERROR(expression) \
   if (Error error = (expression); error.failure()) return error
 
@@ -164,6 +154,7 @@ Error label_statistics(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<S32
                        Out<F32> max, Out<F32> tail, Out<F32> at_label) {
   Problem p;
   RETURN_IF_ERROR(read_problem(logits, where, &p));
+  RETURN_IF_ERROR(check_rows(p, labels, *max, *tail, *at_label));
   for_rows(pool, p.num_rows, p.num_classes,
            [&kernels = kernels(), z = p.logits, labels = labels.typed_data(), max = max->typed_data(),
             tail = tail->typed_data(), at_label = at_label->typed_data()](int64_t begin, int64_t end) {
@@ -176,6 +167,8 @@ Error label_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<S32>
                       In<F32> max, In<F32> at_label, In<F32> elsewhere, Result<AnyBuffer> out) {
   Problem p;
   RETURN_IF_ERROR(read_problem(logits, where, &p));
+  RETURN_IF_ERROR(check_rows(p, labels, max, at_label, elsewhere));
+  RETURN_IF_ERROR(check_cotangent(logits, *out));
   for_rows(pool, p.num_rows, p.num_classes,
            [&kernels = kernels(), z = p.logits, labels = labels.typed_data(), max = max.typed_data(),
             at_label = at_label.typed_data(), elsewhere = elsewhere.typed_data(),
@@ -192,6 +185,7 @@ Error target_statistics(ThreadPool pool, AnyBuffer logits, In<PRED> where, AnyBu
   Targets y;
   RETURN_IF_ERROR(read_problem(logits, where, &p));
   RETURN_IF_ERROR(read_targets(p, labels, smoothing, share, class_weights, &y));
+  RETURN_IF_ERROR(check_rows(p, *max, *tail, *mass, *moment));
   for_rows(pool, p.num_rows, p.num_classes,
            [&kernels = kernels(), z = p.logits, y, max = max->typed_data(), tail = tail->typed_data(),
             mass = mass->typed_data(), moment = moment->typed_data()](int64_t begin, int64_t end) {
@@ -208,6 +202,8 @@ Error target_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, AnyBuf
   Targets y;
   RETURN_IF_ERROR(read_problem(logits, where, &p));
   RETURN_IF_ERROR(read_targets(p, labels, smoothing, share, class_weights, &y));
+  RETURN_IF_ERROR(check_rows(p, max, tail, mass, g_loss, g_log_normalizer));
+  RETURN_IF_ERROR(check_cotangent(logits, *out));
   for_rows(pool, p.num_rows, p.num_classes,
            [&kernels = kernels(), z = p.logits, y, max = max.typed_data(), tail = tail.typed_data(),
             mass = mass.typed_data(), g_loss = g_loss.typed_data(),
@@ -231,76 +227,23 @@ EXPORT int jax_sce_ffi_minor() { return XLA_FFI_API_MINOR; }
 // The kernels to use from now on, "best" or those of that level. Returns their level, or null if there are
 // none of that name, or not for this processor.
 EXPORT const char* jax_sce_use(const char* level) {
+  const Kernels* chosen = nullptr;
   for (const Kernels* found : kernels_here())
-    if (std::strcmp(level, "best") == 0 || std::strcmp(level, found->level) == 0) {
-      current = found;
-      return found->level;
-    }
-  return nullptr;
+    if (std::strcmp(level, "best") == 0 || std::strcmp(level, found->level) == 0) chosen = found;
+  if (chosen == nullptr) return nullptr;
+  current = chosen;
+  return chosen->level;
 }
 
-XLA_FFI_DEFINE_HANDLER(handle_label_statistics, label_statistics,
-                       ffi::Ffi::Bind()
-                           .Ctx<ThreadPool>()
-                           .Arg<AnyBuffer>()
-                           .Arg<In<PRED>>()
-                           .Arg<In<S32>>()
-                           .Ret<In<F32>>()
-                           .Ret<In<F32>>()
-                           .Ret<In<F32>>());
+#define EXPORT_HANDLER(kernel)                                      \
+  XLA_FFI_DEFINE_HANDLER(handle_##kernel, kernel);                  \
+  EXPORT XLA_FFI_Error* jax_sce_##kernel(XLA_FFI_CallFrame* frame) { \
+    return handle_##kernel(frame);                                  \
+  }
 
-XLA_FFI_DEFINE_HANDLER(handle_label_cotangent, label_cotangent,
-                       ffi::Ffi::Bind()
-                           .Ctx<ThreadPool>()
-                           .Arg<AnyBuffer>()
-                           .Arg<In<PRED>>()
-                           .Arg<In<S32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Ret<AnyBuffer>());
-
-XLA_FFI_DEFINE_HANDLER(handle_target_statistics, target_statistics,
-                       ffi::Ffi::Bind()
-                           .Ctx<ThreadPool>()
-                           .Arg<AnyBuffer>()
-                           .Arg<In<PRED>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Ret<In<F32>>()
-                           .Ret<In<F32>>()
-                           .Ret<In<F32>>()
-                           .Ret<In<F32>>());
-
-XLA_FFI_DEFINE_HANDLER(handle_target_cotangent, target_cotangent,
-                       ffi::Ffi::Bind()
-                           .Ctx<ThreadPool>()
-                           .Arg<AnyBuffer>()
-                           .Arg<In<PRED>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Arg<In<F32>>()
-                           .Ret<AnyBuffer>());
-
-EXPORT XLA_FFI_Error* jax_sce_label_statistics(XLA_FFI_CallFrame* frame) {
-  return handle_label_statistics(frame);
-}
-EXPORT XLA_FFI_Error* jax_sce_label_cotangent(XLA_FFI_CallFrame* frame) {
-  return handle_label_cotangent(frame);
-}
-EXPORT XLA_FFI_Error* jax_sce_target_statistics(XLA_FFI_CallFrame* frame) {
-  return handle_target_statistics(frame);
-}
-EXPORT XLA_FFI_Error* jax_sce_target_cotangent(XLA_FFI_CallFrame* frame) {
-  return handle_target_cotangent(frame);
-}
+EXPORT_HANDLER(label_statistics)
+EXPORT_HANDLER(label_cotangent)
+EXPORT_HANDLER(target_statistics)
+EXPORT_HANDLER(target_cotangent)
 
 }  // namespace jax_sce

@@ -1,13 +1,14 @@
 // The row kernels, for one instruction set: JAX_SCE_LEVEL names it.
 //
-// A row is read in blocks that stay in the first-level cache: for the sum of exponentials, and where
-// there are larger logits in it than before, first for those. All arithmetic is in float, in vectors of
-// the processor's width; a block that is not a whole number of them is padded with absent classes (-inf).
+// A row is read in blocks that stay in the first-level cache. Each is summed relative to the second largest
+// logit so far, and only one that holds a larger logit, as the first does, is searched for it before. All
+// arithmetic is in float, in vectors of the processor's width; a block that is not a whole number of them is
+// padded with absent classes (-inf). README.md tells more.
 //
-// Accuracy, u = 2^-24 (see _rows.py for what follows from it): exponentials are within 2u to 4u
-// (`exp_of`), or lost below 2^-126; a block is summed in 32 partial sums of 16 terms at most, and blocks
-// are added in double. Distances in a tail are taken from the second largest logit, so the long ones,
-// whose rounding is felt, belong to terms that are not.
+// Accuracy, u = 2^-24 (see _rows.py for what follows from it): exponentials are within 2u to 4u (`exp_of`),
+// or lost below 2^-126. A block is summed in 32 partial sums of 16 terms at most, and blocks are added in
+// double; few classes are summed in 4 of at most 28. Distances in a tail are taken from the second largest
+// logit, so the long ones, whose rounding is felt, belong to terms that are not.
 
 #include "rows.h"
 
@@ -45,6 +46,7 @@ constexpr int kLanes = 4;
 constexpr int kStep = 32;  // so many floats at a time, in independent vectors
 constexpr int kVectors = kStep / kLanes;
 constexpr int kBlock = 512;  // floats; a multiple of kStep
+constexpr int kFirst = 8 * kBlock;  // the first of a row, which stay in the cache, too
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -109,8 +111,8 @@ enum class Need { kTerm, kExact };
 template <Need need>
 INLINE F exp_of(F x, F error = F{}) {
   const F c = larger(all(-88.f), x);    // there n is -127, of which the bits make 0
-  const F t = c * kLog2E + 12582912.f;  // 1.5 * 2^23: rounds to an integer, n, in the last bits
-  const F n = t - 12582912.f;
+  const F t = c * kLog2E + 12583039.f;  // 1.5 * 2^23 + 127: rounds to n + 127 in the last bits
+  const F n = t - 12583039.f;
   F r, p;
   if (kFused) {
     r = c * kLog2E - n;
@@ -133,7 +135,7 @@ INLINE F exp_of(F x, F error = F{}) {
     p = p * r + 6.93147004e-1f;
   }
   p = p * r + 1.f;
-  return p * (F)(((U)t << 23) + (127u << 23));
+  return p * (F)((U)t << 23);
 }
 
 // e^(a - b) for a <= b, whatever the distance, within 3u. `a` may be -inf.
@@ -299,13 +301,14 @@ void write_zeros(void* data, Type type, int64_t n) {
 
 // -- blocks of a row ----------------------------------------------------------------------------------
 
-// [start, start + n) for all of a row. The last whole vectors are one block, so that they can be read
-// where they lie, and what is left is another.
+// [start, start + n) for all of a row, `first` of them first. The last whole vectors are one block, so that
+// they can be read where they lie, and what is left is another.
 template <class Body>
-INLINE void for_blocks(int64_t num_classes, Body body) {
+INLINE void for_blocks(int64_t num_classes, int64_t first, Body body) {
   for (int64_t start = 0; start < num_classes;) {
+    const int64_t most = start == 0 ? first : kBlock;
     int64_t n = num_classes - start;
-    if (n > kBlock) n = kBlock;
+    if (n > most) n = most;
     if (n > kStep) n -= n % kStep;
     body(start, n);
     start += n;
@@ -316,11 +319,19 @@ INLINE void for_blocks(int64_t num_classes, Body body) {
 struct Block {
   const void* data;
   Type type;
+
+  Block from(int64_t j) const { return {at(data, type, j), type}; }
 };
 
 const uint8_t* mask_of(const Logits& z, int64_t row, int64_t start) {
   if (z.where == nullptr) return nullptr;
   return z.where + (z.where_is_shared ? 0 : row * z.num_classes) + start;
+}
+
+// `value` in place of masked classes.
+void fill_masked(const uint8_t* where, int64_t n, float value, float* x) {
+  if (where == nullptr) return;
+  for (int64_t j = 0; j < n; ++j) x[j] = where[j] ? x[j] : value;
 }
 
 // Logits; -inf where a class is masked.
@@ -329,8 +340,7 @@ Block read_logits(const Logits& z, int64_t row, int64_t start, int64_t n, float*
   const uint8_t* where = mask_of(z, row, start);
   if (where == nullptr && n % kStep == 0) return {data, z.type};
   read(data, z.type, n, -kInf, buffer);
-  if (where != nullptr)
-    for (int64_t j = 0; j < n; ++j) buffer[j] = where[j] ? buffer[j] : -kInf;
+  fill_masked(where, n, -kInf, buffer);
   return {buffer, Type::kF32};
 }
 
@@ -339,7 +349,12 @@ float read_logit(const Logits& z, int64_t row, int64_t j) {
   return static_cast<const float*>(read_logits(z, row, j, 1, buffer).data)[0];
 }
 
-// Targets, padded with 0.
+// Whether the targets are the labels, and nothing else.
+bool are_labels(const Logits& z, const Targets& y) {
+  return y.type != Type::kIds && z.where == nullptr && *y.smoothing == 0 && y.class_weights == nullptr;
+}
+
+// Targets, padded with 0 (or NaN, if the row is).
 Block read_targets(const Logits& z, const Targets& y, int64_t row, int64_t start, int64_t n,
                    float* buffer) {
   const uint8_t* where = mask_of(z, row, start);
@@ -351,11 +366,9 @@ Block read_targets(const Logits& z, const Targets& y, int64_t row, int64_t start
     if (is_class && start <= id && id < start + n) buffer[id - start] = 1;
   } else {
     const void* data = at(y.labels, y.type, row * z.num_classes + start);
-    const bool is_plain = where == nullptr && e == 0 && y.class_weights == nullptr;
-    if (is_plain && n % kStep == 0) return {data, y.type};
+    if (are_labels(z, y) && n % kStep == 0) return {data, y.type};
     read(data, y.type, n, 0, buffer);
-    if (where != nullptr)  // an id keeps its mass: it costs +inf
-      for (int64_t j = 0; j < n; ++j) buffer[j] = where[j] ? buffer[j] : 0.f;
+    fill_masked(where, n, 0, buffer);  // an id keeps its mass: it costs +inf
   }
   if (e != 0) {
     const float uniform = e * y.share[y.share_is_shared ? 0 : row];
@@ -379,12 +392,11 @@ void make_alike(int64_t n, Block* x, float* x_buffer, Block* t, float* t_buffer)
   to_float(t, t_buffer);
 }
 
-// body(j, k, pair) for each pair of vectors of a block, k of kVectors. What comes next in the row is fetched
-// meanwhile.
+// body(j, k, pair) for each pair of vectors of a block, k of kVectors. What lies `ahead` is fetched meanwhile.
 template <Type type, class Body>
-INLINE void for_pairs(const void* data, int64_t n, Body body) {
+INLINE void for_pairs(const void* data, int64_t n, int64_t ahead, Body body) {
   for (int64_t j = 0; j < n; j += kStep) {
-    const char* next = static_cast<const char*>(at(data, type, j + kBlock));
+    const char* next = static_cast<const char*>(at(data, type, j + ahead));
     __builtin_prefetch(next);
     if (type == Type::kF32) __builtin_prefetch(next + 64);
     for (int k = 0; k < kVectors; k += 2)
@@ -409,7 +421,7 @@ TopTwo top_two(Block x, int64_t n) {
   F m[kVectors], s[kVectors];
   for (int k = 0; k < kVectors; ++k) m[k] = s[k] = all(-kInf);
   visit(x.type, [&](auto of) INLINED {
-    for_pairs<of.type>(x.data, n, [&](int64_t, int k, Pair v) INLINED {
+    for_pairs<of.type>(x.data, n, kBlock, [&](int64_t, int k, Pair v) INLINED {
       s[k] = larger(smaller(v.a, m[k]), s[k]);
       m[k] = larger(v.a, m[k]);
       s[k + 1] = larger(smaller(v.b, m[k + 1]), s[k + 1]);
@@ -435,10 +447,10 @@ INLINE float total(F* sums) {
 }
 
 // The sum of e^min(x - reference, 0).
-float sum_up_to(float reference, Block x, int64_t n) {
+float sum_up_to(float reference, Block x, int64_t n, int64_t ahead) {
   F sums[kVectors] = {};
   visit(x.type, [&](auto of) INLINED {
-    for_pairs<of.type>(x.data, n, [&](int64_t, int k, Pair v) INLINED {
+    for_pairs<of.type>(x.data, n, ahead, [&](int64_t, int k, Pair v) INLINED {
       sums[k] += exp_of<Need::kTerm>(smaller(all(0), v.a - reference));
       sums[k + 1] += exp_of<Need::kTerm>(smaller(all(0), v.b - reference));
     });
@@ -448,20 +460,17 @@ float sum_up_to(float reference, Block x, int64_t n) {
 
 // The sum of e^(x - reference), if no x is larger than that.
 bool sum_below(float reference, Block x, int64_t n, float* sum) {
-  F sums[kVectors] = {};
-  U signs = {};
+  F sums[kVectors] = {}, m[2] = {all(reference), all(reference)};
   visit(x.type, [&](auto of) INLINED {
-    for_pairs<of.type>(x.data, n, [&](int64_t, int k, Pair v) INLINED {
-      signs |= (U)(reference - v.a) | (U)(reference - v.b);
+    for_pairs<of.type>(x.data, n, kBlock, [&](int64_t, int k, Pair v) INLINED {
+      m[0] = larger(v.a, m[0]);
+      m[1] = larger(v.b, m[1]);
       sums[k] += exp_of<Need::kTerm>(v.a - reference);
       sums[k + 1] += exp_of<Need::kTerm>(v.b - reference);
     });
   });
-  uint32_t lanes[kLanes], any = 0;
-  store(lanes, signs);
-  for (int i = 0; i < kLanes; ++i) any |= lanes[i];
   *sum = total(sums);
-  return any >> 31 == 0;
+  return reduce(larger(m[0], m[1]), [](float a, float b) { return larger(a, b); }) == reference;
 }
 
 // Once a row, and again where a block has larger logits than all before. Of logits that rise from block to
@@ -486,7 +495,10 @@ struct Sum {
     if (leads && top.max > -kInf) others += exp_difference(top.max, now.second);
     top = now;
     // The leader lies above the reference, if it is here, and counts as one in the sum.
-    others += sum_up_to(larger(top.second, kLowest), x, n) - (leads ? 1.f : 0.f);
+    for_blocks(n, kBlock, [&](int64_t start, int64_t part) {
+      others += sum_up_to(larger(top.second, kLowest), x.from(start), part, n);
+    });
+    others -= leads;
   }
 
   void finish(float* max, float* tail) const {
@@ -497,87 +509,218 @@ struct Sum {
 };
 
 // -- few classes --------------------------------------------------------------------------------------
-// Rows that do not fill a vector are read kRowsAtOnce together, with one in each lane.
+// Rows that fill few vectors are read kRowsAtOnce together. For sums over the classes there is one in each
+// lane.
 
-constexpr int kFew = 64;  // classes; from there on a row by itself is as fast
+constexpr int kFew = 112;  // classes; from there on a row by itself is as fast
+constexpr int kFewLogits = (kFew + 1) * kStep;  // of kStep rows, and padding after the last
 static_assert(kRowsAtOnce == kStep);
+
+bool has_few(const Logits& z) { return z.num_classes <= kFew; }
+
+// body(i, rows) for the rows [i, i + rows), up to kRowsAtOnce.
+template <class Body>
+INLINE void for_rows_at_once(int64_t begin, int64_t end, Body body) {
+  for (int64_t i = begin; i < end; i += kStep) body(i, end - i < kStep ? end - i : kStep);
+}
+
+// The same of rows one after the other.
+void fill_masked(const Logits& z, int64_t i, int64_t rows, float value, float* x) {
+  const int64_t v = z.num_classes, n = rows * v;
+  uint8_t repeated[kFewLogits];
+  const uint8_t* where = mask_of(z, i, 0);
+  if (where != nullptr && z.where_is_shared) {
+    for (int64_t j = 0; j < n; j += v) std::memcpy(repeated + j, where, v);
+    where = repeated;
+  }
+  fill_masked(where, n, value, x);
+}
+
+// One row after the other, as floats: the logits, -inf where a class is masked, and the targets.
+void read_rows(const Logits& z, int64_t i, int64_t rows, float* out) {
+  const int64_t n = rows * z.num_classes;
+  read(at(z.data, z.type, i * z.num_classes), z.type, n, 0, out);
+  fill_masked(z, i, rows, -kInf, out);
+  store(out + padded(n), F{});  // the last row is read in whole vectors, too
+}
+
+void read_rows(const Logits& z, const Targets& y, int64_t i, int64_t rows, float* out) {
+  const int64_t v = z.num_classes, n = rows * v;
+  if (are_labels(z, y))
+    read(at(y.labels, y.type, i * v), y.type, n, 0, out);
+  else
+    for (int64_t r = 0; r < rows; ++r)  // the next row overwrites its padding
+      read_targets(z, y, i + r, 0, v, out + r * v);
+  store(out + padded(n), F{});
+}
+
+// Rows as columns, [V, kRowsAtOnce].
+void transpose(const float* row, int64_t r, int64_t v, float* columns) {
+  for (int64_t j = 0; j < v; ++j) columns[j * kStep + r] = row[j];
+}
+
+F add_up(const F* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+
+// Of columns, with three absent classes (-inf) after the last.
+void statistics_of_columns(const float* columns, int64_t v, int64_t rows, float* max, float* tail) {
+  float maxima[kStep], tails[kStep];
+  for (int k = 0; k < kStep; k += kLanes) {
+    F m = all(-kInf), second = all(-kInf);
+    for (int64_t j = 0; j < v; ++j) {
+      const F x = load<F>(columns + j * kStep + k);
+      second = larger(smaller(x, m), second);
+      m = larger(x, m);
+    }
+    const F reference = larger(all(kLowest), second);
+    F sums[4] = {};
+    for (int64_t j = 0; j < v; j += 4)
+      for (int l = 0; l < 4; ++l)
+        sums[l] += exp_of<Need::kTerm>(
+            smaller(all(0), load<F>(columns + (j + l) * kStep + k) - reference));
+    const F others = add_up(sums) - 1.f;
+    const F t = others == 0 ? F{} : others * exp_difference(second, m);
+    store(maxima + k, others == others ? m : all(kNaN));
+    store(tails + k, m - m == 0 ? t : all(kNaN));
+  }
+  std::memcpy(max, maxima, rows * sizeof(float));
+  std::memcpy(tail, tails, rows * sizeof(float));
+}
 
 void label_statistics_of_few(const Logits& z, const int32_t* labels, float* max, float* tail,
                              float* at_label, int64_t begin, int64_t end) {
   const int64_t v = z.num_classes;
-  float flat[kFew * kStep], columns[kFew * kStep];
-  for (float& x : columns) x = -kInf;  // what is not overwritten are absent classes
-  for (int64_t i = begin; i < end; i += kStep) {
-    const int64_t rows = end - i < kStep ? end - i : kStep;
-    read(at(z.data, z.type, i * v), z.type, rows * v, 0, flat);
+  float logits[kFewLogits], columns[(kFew + 3) * kStep];
+  for (int64_t j = 0; j < (v + 3) * kStep; ++j) columns[j] = -kInf;
+  for_rows_at_once(begin, end, [&](int64_t i, int64_t rows) {
+    read_rows(z, i, rows, logits);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < v; ++j) columns[j * kStep + r] = flat[r * v + j];
+      const float* const row = logits + r * v;
+      transpose(row, r, v, columns);
       const int64_t label = labels[i + r];
-      at_label[i + r] = 0 <= label && label < v ? flat[r * v + label] : 0;
+      at_label[i + r] = 0 <= label && label < v ? row[label] : 0;
     }
-    float maxima[kStep], tails[kStep];
+    statistics_of_columns(columns, v, rows, max + i, tail + i);
+  });
+}
+
+void target_statistics_of_few(const Logits& z, const Targets& y, float* max, float* tail,
+                              float* mass, float* moment, int64_t begin, int64_t end) {
+  const int64_t v = z.num_classes;
+  float flat[kFewLogits], columns[(kFew + 3) * kStep], targets[(kFew + 3) * kStep] = {};
+  for (int64_t j = 0; j < (v + 3) * kStep; ++j) columns[j] = -kInf;
+  for_rows_at_once(begin, end, [&](int64_t i, int64_t rows) {
+    read_rows(z, i, rows, flat);
+    for (int64_t r = 0; r < rows; ++r) transpose(flat + r * v, r, v, columns);
+    read_rows(z, y, i, rows, flat);
+    for (int64_t r = 0; r < rows; ++r) transpose(flat + r * v, r, v, targets);
+    statistics_of_columns(columns, v, rows, max + i, tail + i);
+    float all_masses[kStep], all_moments[kStep];
     for (int k = 0; k < kStep; k += kLanes) {
-      F m = all(-kInf), second = all(-kInf);
-      for (int64_t j = 0; j < v; ++j) {
-        const F x = load<F>(columns + j * kStep + k);
-        second = larger(smaller(x, m), second);
-        m = larger(x, m);
+      F highest = all(kLowest), mass_so_far = {}, moment_so_far = {};
+      for (int64_t j = 0; j < v; ++j) highest = larger(load<F>(columns + j * kStep + k), highest);
+      for (int64_t start = 0; start < v; start += 16) {  // few at a time, lest roundings add up
+        F masses[4] = {}, moments[4] = {};
+        for (int64_t j = start; j < v && j < start + 16; j += 4)
+          for (int l = 0; l < 4; ++l) {
+            const F x = load<F>(columns + (j + l) * kStep + k);
+            const F target = load<F>(targets + (j + l) * kStep + k);
+            masses[l] += target;
+            // A class that is absent (-inf) and has no mass adds nothing.
+            moments[l] += target == 0 ? F{} : target * (x - highest);
+          }
+        mass_so_far += add_up(masses);
+        moment_so_far += add_up(moments);
       }
-      const F reference = larger(all(kLowest), second);
-      F sums[4] = {};
-      for (int64_t j = 0; j < v; j += 4)
-        for (int l = 0; l < 4; ++l)
-          sums[l] += exp_of<Need::kTerm>(
-              smaller(all(0), load<F>(columns + (j + l) * kStep + k) - reference));
-      const F others = (sums[0] + sums[1]) + (sums[2] + sums[3]) - 1.f;
-      const F t = others == 0 ? F{} : others * exp_difference(second, m);
-      store(maxima + k, others == others ? m : all(kNaN));
-      store(tails + k, m - m == 0 ? t : all(kNaN));
+      store(all_masses + k, mass_so_far);
+      store(all_moments + k, moment_so_far);
     }
-    std::memcpy(max + i, maxima, rows * sizeof(float));
-    std::memcpy(tail + i, tails, rows * sizeof(float));
-  }
+    std::memcpy(mass + i, all_masses, rows * sizeof(float));
+    std::memcpy(moment + i, all_moments, rows * sizeof(float));
+  });
+}
+
+// make(i, rows, logits, out) gives the cotangents of the rows [i, i + rows) in whole vectors.
+template <class Make>
+INLINE void cotangent_of_few(const Logits& z, void* out, int64_t begin, int64_t end, Make make) {
+  const int64_t v = z.num_classes;
+  float logits[kFewLogits], made[kFewLogits];
+  for_rows_at_once(begin, end, [&](int64_t i, int64_t rows) {
+    read_rows(z, i, rows, logits);
+    make(i, rows, logits, made);
+    fill_masked(z, i, rows, 0, made);
+    write(at(out, z.type, i * v), z.type, rows * v, made);
+  });
 }
 
 void label_cotangent_of_few(const Logits& z, const int32_t* labels, const float* max,
                             const float* at_label, const float* elsewhere, void* out, int64_t begin,
                             int64_t end) {
   const int64_t v = z.num_classes;
-  float flat[kFew * kStep], maxima[kFew * kStep] = {}, factors[kFew * kStep] = {};
-  for (int64_t i = begin; i < end; i += kStep) {
-    const int64_t rows = end - i < kStep ? end - i : kStep, n = rows * v;
-    read(at(z.data, z.type, i * v), z.type, n, 0, flat);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < v; ++j) {
-        maxima[r * v + j] = max[i + r];
-        factors[r * v + j] = elsewhere[i + r];
+  float maxima[kFewLogits], factors[kFewLogits];
+  cotangent_of_few(z, out, begin, end, [&](int64_t i, int64_t rows, const float* x, float* g) {
+    for (int64_t r = 0; r < rows; ++r)  // the next row overwrites its padding
+      for (int64_t j = 0; j < v; j += kLanes) {
+        store(maxima + r * v + j, all(max[i + r]));
+        store(factors + r * v + j, all(elsewhere[i + r]));
       }
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const F distance = load<F>(flat + j) - load<F>(maxima + j);
-      store(flat + j, exp_of<Need::kExact>(distance) * load<F>(factors + j));
-    }
+    for (int64_t j = 0; j < rows * v; j += kLanes)
+      store(g + j, exp_of<Need::kExact>(load<F>(x + j) - load<F>(maxima + j)) * load<F>(factors + j));
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t label = labels[i + r];
       if (elsewhere[i + r] == 0 && at_label[i + r] == 0)
-        std::memset(flat + r * v, 0, v * sizeof(float));
+        std::memset(g + r * v, 0, v * sizeof(float));
       else if (0 <= label && label < v)
-        flat[r * v + label] = at_label[i + r];
+        g[r * v + label] = at_label[i + r];
     }
-    write(at(out, z.type, i * v), z.type, n, flat);
+  });
+}
+
+// What a row has to itself in the cotangent of its targets.
+struct TargetFactors {
+  float highest, rest, mass, g, scaled, uniform, factor;
+
+  TargetFactors(float max, float tail, float mass, float g_loss, float g_log_normalizer)
+      : highest(quiet(max)), rest(quiet(tail)), mass(quiet(mass)), g(quiet(g_loss)),
+        scaled(g / (1 + rest)), uniform(quiet(g_log_normalizer) / (1 + rest)),
+        factor(scaled * this->mass + uniform) {}
+
+  INLINE F of(F x, F target) const {
+    const F distance = x - highest;
+    // At the largest logit nothing is to cancel.
+    const F at_max = ((mass - target) - target * rest) * scaled + uniform;
+    const F below = exp_of<Need::kExact>(distance) * factor - target * g;
+    return distance == 0 ? at_max : below;
   }
+};
+
+void target_cotangent_of_few(const Logits& z, const Targets& y, const float* max, const float* tail,
+                             const float* mass, const float* g_loss, const float* g_log_normalizer,
+                             void* out, int64_t begin, int64_t end) {
+  const int64_t v = z.num_classes;
+  float targets[kFewLogits];
+  cotangent_of_few(z, out, begin, end, [&](int64_t i, int64_t rows, const float* x, float* g) {
+    read_rows(z, y, i, rows, targets);
+    // The next row overwrites the padding of the one before.
+    for (const float* t = targets; rows > 0; --rows, ++i, x += v, t += v, g += v) {
+      if (g_loss[i] == 0 && g_log_normalizer[i] == 0) {
+        std::memset(g, 0, v * sizeof(float));
+        continue;
+      }
+      const TargetFactors factors(max[i], tail[i], mass[i], g_loss[i], g_log_normalizer[i]);
+      for (int64_t j = 0; j < v; j += kLanes) store(g + j, factors.of(load<F>(x + j), load<F>(t + j)));
+    }
+  });
 }
 
 // -- the kernels --------------------------------------------------------------------------------------
 
-bool has_few(const Logits& z) { return z.num_classes <= kFew && z.where == nullptr; }
-
 void label_statistics(const Logits& z, const int32_t* labels, float* max, float* tail,
                       float* at_label, int64_t begin, int64_t end) {
   if (has_few(z)) return label_statistics_of_few(z, labels, max, tail, at_label, begin, end);
-  float buffer[kBlock];
+  float buffer[kFirst];
   for (int64_t i = begin; i < end; ++i) {
     Sum sum;
-    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+    for_blocks(z.num_classes, kFirst, [&](int64_t start, int64_t n) {
       sum.add(read_logits(z, i, start, n, buffer), n);
     });
     sum.finish(max + i, tail + i);
@@ -588,9 +731,7 @@ void label_statistics(const Logits& z, const int32_t* labels, float* max, float*
 
 // Where the cotangent of a block is made: where it goes, or in a buffer, to be masked and written there.
 void finish(const Logits& z, int64_t row, int64_t start, int64_t n, float* buffer, void* out) {
-  const uint8_t* where = mask_of(z, row, start);
-  if (where != nullptr)
-    for (int64_t j = 0; j < n; ++j) buffer[j] = where[j] ? buffer[j] : 0.f;
+  fill_masked(mask_of(z, row, start), n, 0, buffer);
   write(out, z.type, n, buffer);
 }
 
@@ -608,12 +749,12 @@ void label_cotangent(const Logits& z, const int32_t* labels, const float* max,
     }
     const int64_t label = labels[i];
     const float highest = quiet(max[i]), factor = quiet(elsewhere[i]);
-    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+    for_blocks(z.num_classes, kBlock, [&](int64_t start, int64_t n) {
       const Block x = read_logits(z, i, start, n, buffer);
       void* const here = at(row, z.type, start);
       void* const g = x.data == buffer ? buffer : here;
       visit(x.type, [&](auto of) INLINED {
-        for_pairs<of.type>(x.data, n, [&](int64_t j, int, Pair v) INLINED {
+        for_pairs<of.type>(x.data, n, kBlock, [&](int64_t j, int, Pair v) INLINED {
           narrow<of.type>(g, j, {exp_of<Need::kExact>(v.a - highest) * factor,
                                  exp_of<Need::kExact>(v.b - highest) * factor});
         });
@@ -626,11 +767,12 @@ void label_cotangent(const Logits& z, const int32_t* labels, const float* max,
 
 void target_statistics(const Logits& z, const Targets& y, float* max, float* tail, float* mass,
                        float* moment, int64_t begin, int64_t end) {
-  float logits[kBlock], targets[kBlock];
+  if (has_few(z)) return target_statistics_of_few(z, y, max, tail, mass, moment, begin, end);
+  float logits[kFirst], targets[kFirst];
   for (int64_t i = begin; i < end; ++i) {
     Sum sum;
     double mass_so_far = 0, moment_so_far = 0;  // about the largest logit so far
-    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+    for_blocks(z.num_classes, kFirst, [&](int64_t start, int64_t n) {
       const float before = larger(sum.top.max, kLowest);
       Block x = read_logits(z, i, start, n, logits), t = read_targets(z, y, i, start, n, targets);
       make_alike(n, &x, logits, &t, targets);
@@ -638,19 +780,21 @@ void target_statistics(const Logits& z, const Targets& y, float* max, float* tai
       const float highest = larger(sum.top.max, kLowest);
       if (mass_so_far != 0 && highest > before)
         moment_so_far += mass_so_far * (double(before) - highest);
-      F masses[kVectors] = {}, moments[kVectors] = {};
-      visit_both(x.type, t.type, [&](auto of, auto of_targets) INLINED {
-        for_pairs<of.type>(x.data, n, [&](int64_t j, int k, Pair v) INLINED {
-          const Pair target = widen<of_targets.type>(t.data, j);
-          masses[k] += target.a;
-          masses[k + 1] += target.b;
-          // A class that is absent (-inf) and has no mass adds nothing.
-          moments[k] += target.a == 0 ? F{} : target.a * (v.a - highest);
-          moments[k + 1] += target.b == 0 ? F{} : target.b * (v.b - highest);
+      for_blocks(n, kBlock, [&](int64_t start, int64_t n) {
+        F masses[kVectors] = {}, moments[kVectors] = {};
+        visit_both(x.type, t.type, [&](auto of, auto of_targets) INLINED {
+          for_pairs<of.type>(x.from(start).data, n, kBlock, [&](int64_t j, int k, Pair v) INLINED {
+            const Pair target = widen<of_targets.type>(t.from(start).data, j);
+            masses[k] += target.a;
+            masses[k + 1] += target.b;
+            // A class that is absent (-inf) and has no mass adds nothing.
+            moments[k] += target.a == 0 ? F{} : target.a * (v.a - highest);
+            moments[k + 1] += target.b == 0 ? F{} : target.b * (v.b - highest);
+          });
         });
+        mass_so_far += total(masses);
+        moment_so_far += total(moments);
       });
-      mass_so_far += total(masses);
-      moment_so_far += total(moments);
     });
     sum.finish(max + i, tail + i);
     mass[i] = float(mass_so_far);
@@ -661,6 +805,8 @@ void target_statistics(const Logits& z, const Targets& y, float* max, float* tai
 void target_cotangent(const Logits& z, const Targets& y, const float* max, const float* tail,
                       const float* mass, const float* g_loss, const float* g_log_normalizer,
                       void* out, int64_t begin, int64_t end) {
+  if (has_few(z))
+    return target_cotangent_of_few(z, y, max, tail, mass, g_loss, g_log_normalizer, out, begin, end);
   float logits[kBlock], targets[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     void* const row = at(out, z.type, i * z.num_classes);
@@ -668,26 +814,16 @@ void target_cotangent(const Logits& z, const Targets& y, const float* max, const
       write_zeros(row, z.type, z.num_classes);
       continue;
     }
-    const float highest = quiet(max[i]), rest = quiet(tail[i]), all_mass = quiet(mass[i]);
-    const float g = quiet(g_loss[i]), scaled = g / (1 + rest);
-    const float uniform = quiet(g_log_normalizer[i]) / (1 + rest);
-    const float factor = scaled * all_mass + uniform;
-    for_blocks(z.num_classes, [&](int64_t start, int64_t n) {
+    const TargetFactors factors(max[i], tail[i], mass[i], g_loss[i], g_log_normalizer[i]);
+    for_blocks(z.num_classes, kBlock, [&](int64_t start, int64_t n) {
       Block x = read_logits(z, i, start, n, logits), t = read_targets(z, y, i, start, n, targets);
       make_alike(n, &x, logits, &t, targets);
       void* const here = at(row, z.type, start);
       void* const cotangent = x.data == logits ? logits : here;
-      const auto of_one = [&](F v, F target) INLINED {
-        const F distance = v - highest;
-        // At the largest logit nothing is to cancel.
-        const F at_max = ((all_mass - target) - target * rest) * scaled + uniform;
-        const F below = exp_of<Need::kExact>(distance) * factor - target * g;
-        return distance == 0 ? at_max : below;
-      };
       visit_both(x.type, t.type, [&](auto of, auto of_targets) INLINED {
-        for_pairs<of.type>(x.data, n, [&](int64_t j, int, Pair v) INLINED {
+        for_pairs<of.type>(x.data, n, kBlock, [&](int64_t j, int, Pair v) INLINED {
           const Pair target = widen<of_targets.type>(t.data, j);
-          narrow<of.type>(cotangent, j, {of_one(v.a, target.a), of_one(v.b, target.b)});
+          narrow<of.type>(cotangent, j, {factors.of(v.a, target.a), factors.of(v.b, target.b)});
         });
       });
       if (cotangent == logits) finish(z, i, start, n, logits, here);

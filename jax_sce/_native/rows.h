@@ -33,7 +33,7 @@ struct Targets {
   const float* class_weights;  // [V], or null
 };
 
-// Each works on the rows [begin, end), one after the other: what a row gives does not hang on them.
+// Each works on the rows [begin, end). What a row gives does not hang on the others.
 struct Kernels {
   const char* level;  // the instruction set
   // The statistics, and the logit at the label: 0 if that is not in [0, V).
