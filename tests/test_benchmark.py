@@ -21,10 +21,11 @@ from jax_sce.benchmark._measure import round_robin
 from jax_sce.benchmark._peak import peak_bytes
 from jax_sce.benchmark._report import SCHEMA, geometric_means, is_right
 from jax_sce.benchmark._scaling import Plan, fitted_exponent, scaling
+from jax_sce.testing._oracle import exact
 
 pytestmark = pytest.mark.usefixtures("lax_promotion")  # the peers are not ours
 
-SHAPES = {"logits": (96, 200), "linear": (64, 16, 200)}
+SHAPES = {"logits": (96, 200), "distributions": (96, 200), "linear": (64, 16, 200)}
 OURS = ["optax", "naive", "jax_sce"]
 
 
@@ -36,7 +37,7 @@ def head_loss(hidden, kernel, labels):
     return logits_loss(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), labels)
 
 
-LOSSES = {"logits": logits_loss, "linear": head_loss}
+LOSSES = {"logits": logits_loss, "distributions": optax.softmax_cross_entropy, "linear": head_loss}
 
 
 def compare_one(loss, subject="logits", dtype="float32", pass_name="value_and_grad", **options):
@@ -71,7 +72,7 @@ def with_gradient(loss, change, argument):
 
 @pytest.mark.parametrize("subject", SHAPES)
 def test_right_losses_are_timed(subject):
-    peers = ["optax", "jax_sce"] if subject == "logits" else ["naive", "jax_sce"]
+    peers = ["naive", "jax_sce"] if subject == "linear" else ["optax", "jax_sce"]
     rows = compare(
         subject,
         {"mine": LOSSES[subject]},
@@ -108,6 +109,10 @@ def without_the_softmax(g):
     return jnp.where(g < 0, g, 0)
 
 
+def without_the_labels(g):
+    return jnp.where(g > 0, g, 0)
+
+
 def last_class_lost(g):
     return g.at[:, -1].set(0)
 
@@ -118,6 +123,8 @@ def last_class_lost(g):
     [
         ("logits", 0, a_tenth_too_large),
         ("logits", 0, without_the_softmax),
+        ("distributions", 0, a_tenth_too_large),
+        ("distributions", 0, without_the_labels),
         ("linear", 0, a_tenth_too_large),
         ("linear", 1, a_tenth_too_large),
         ("linear", 1, last_class_lost),
@@ -131,11 +138,12 @@ def test_a_wrong_gradient_is_wrong_and_not_fast(subject, argument, change, dtype
     assert (row.seconds, row.ratio, row.floor_fraction) == (None, None, None)
 
 
+@pytest.mark.parametrize("subject", SHAPES)
 @pytest.mark.parametrize(
     ("factor", "detail"), [(1.05, "the value is off"), (np.nan, "the value is not finite")]
 )
-def test_a_wrong_value_is_wrong(factor, detail):
-    row = compare_one(lambda *args: factor * logits_loss(*args), pass_name="forward")
+def test_a_wrong_value_is_wrong(factor, detail, subject):
+    row = compare_one(lambda *args: factor * LOSSES[subject](*args), subject, pass_name="forward")
     assert row.status == "wrong"
     assert row.detail.startswith(detail)
     assert row.seconds is None
@@ -148,6 +156,13 @@ def test_the_answers_that_all_are_compared_with():
     errors = case.check(jnp.float32(exact_loss(logits, labels).mean()), [jnp.float32(gradient)])
     assert max(errors) < 1e-6
 
+    case = Case("distributions", (70, 50), "float32")
+    logits, labels = case.arrays()
+    right = exact(logits, labels)
+    gradient = jnp.float32(right.by_logits / len(labels))
+    errors = case.check(jnp.float32(right.loss.mean()), [gradient])
+    assert max(errors) < 1e-6
+
     case = Case("linear", (70, 8, 50), "float32")
     hidden, kernel, labels = case.arrays()
     logits = wide(hidden) @ wide(kernel)
@@ -158,10 +173,19 @@ def test_the_answers_that_all_are_compared_with():
     assert max(errors) < 1e-6
 
 
-def test_both_dtypes_see_the_same_numbers():
-    single, half = (Case("logits", (9, 7), dtype).arrays()[0] for dtype in DTYPES)
-    assert (single.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
-    np.testing.assert_array_equal(single, half.astype(jnp.float32))
+@pytest.mark.parametrize("subject", SHAPES)
+def test_both_dtypes_see_the_same_numbers(subject):
+    singles, halves = (Case(subject, SHAPES[subject], dtype).arrays() for dtype in DTYPES)
+    for single, half in zip(singles, halves, strict=True):
+        if single.dtype != jnp.int32:
+            assert (single.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
+        np.testing.assert_array_equal(single, half.astype(single.dtype))
+
+
+def test_distributions_are_distributions():
+    _, labels = Case("distributions", (9, 70), "float32").arrays()
+    assert labels.min() > 0
+    np.testing.assert_allclose(labels.sum(-1), 1, rtol=2**-8)  # they are rounded
 
 
 # -- nothing stops it --------------------------------------------------------------------------------
@@ -204,7 +228,7 @@ def test_what_needs_more_memory_than_there_is_does_not_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"subject": "logit"}, "subject must be among logits, linear, got 'logit'"),
+        ({"subject": "logit"}, "subject must be among logits, distributions, linear, got 'logit'"),
         ({"shapes": [(8, 4, 10)]}, "a shape of logits must be NxV"),
         ({"dtypes": ["float64"]}, "dtype must be among float32, bfloat16, got 'float64'"),
         ({"passes": ["backward"]}, "passes of logits must be among .*, got 'backward'"),
@@ -221,7 +245,7 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("logit", "subjects must be among logits, linear, scaling, small, got 'logit'"),
+        ("logit", "subjects must be among logits, distributions, linear, scaling, small, got"),
         ("--shapes 1024", "shapes must be like 1024x32000 or 512x64x8192, got '1024'"),
         ("--dtypes float64", "dtypes must be among float32, bfloat16, got 'float64'"),
         ("--passes backward", "got 'backward'"),
@@ -229,7 +253,8 @@ def test_bad_arguments_are_named(arguments, message):
         ("--rounds 0", "--rounds must be at least 1, got 0"),
         ("linear --shapes 8x10", "--shapes: none of these is for linear"),
         ("linear --passes donated_gradient", "--passes: none of these is for linear"),
-        ("small --peers optax", "are for logits and linear"),
+        ("distributions --shapes 8x4x10", "--shapes: none of these is for distributions"),
+        ("small --peers optax", "are for logits, distributions, linear"),
         ("--json nowhere/at/all.json", "there is no folder nowhere"),
     ],
 )
@@ -248,9 +273,10 @@ def test_shapes_choose_the_subjects(monkeypatch, tmp_path):
     options = args.options
     assert args.json.parent == args.plot == FOLDER  # nobody said where to
     assert (tmp_path / FOLDER).is_dir()
-    assert list(options) == ["logits"]
-    assert options["logits"]["shapes"] == [(8, 10), (16, 20)]
-    assert options["logits"]["dtypes"] == ["float32"]
+    assert list(options) == ["logits", "distributions"]
+    for asked in options.values():
+        assert asked["shapes"] == [(8, 10), (16, 20)]
+        assert asked["dtypes"] == ["float32"]
 
 
 # -- statistics --------------------------------------------------------------------------------------
@@ -334,8 +360,8 @@ def test_the_peak_counts_the_results():
 
 
 def test_the_command(tmp_path):
-    shapes = ",".join(shape_text(shape) for shape in SHAPES.values())
-    command = [sys.executable, "-m", "jax_sce.benchmark", "logits", "linear", "small", "--quick",
+    shapes = ",".join(shape_text(shape) for shape in dict.fromkeys(SHAPES.values()))
+    command = [sys.executable, "-m", "jax_sce.benchmark", *SHAPES, "small", "--quick",
                "--shapes", shapes, "--passes", "value_and_grad", "--rounds", "1",
                "--json", tmp_path / "report.json", "--plot", tmp_path / "pictures"]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -345,11 +371,11 @@ def test_the_command(tmp_path):
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
-    assert {row["subject"] for row in report["rows"]} == {"logits", "linear", "small"}
+    assert {row["subject"] for row in report["rows"]} == {*SHAPES, "small"}
     assert {row["status"] for row in report["rows"] if row["peer"] in OURS} == {"ok"}
     assert report["import_seconds"]["median"] > 0
 
-    for subject in ("logits", "linear"):
+    for subject in SHAPES:
         picture = (tmp_path / "pictures" / f"{subject}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
     assert "jax_sce, linear float32:" in ended.stdout

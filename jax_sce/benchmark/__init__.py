@@ -12,12 +12,14 @@ How it is measured:
 - All peers read the same arrays, PyTorch too, and with as many threads. `value_and_grad` writes its
   results into fresh memory, as a first call does; `donated_gradient` writes them over the logits,
   which is what a training step that is compiled whole can do, and what the loss itself costs.
-- In the same rounds the floors are timed: of logits, a pass over them that only negates them, fresh
-  or in place; of a linear head, its matrix products, without any loss. They are a
-  measure, not a bound: a forward pass of logits writes nothing, and the products of a chunk may run
-  faster than those of the whole head.
-- Ratios are of medians: to optax for logits; for heads to `naive`, optax's loss of logits accumulated
-  in float32.
+- In the same rounds the floors are timed: of logits, be the labels classes or distributions, a pass
+  over the logits that only negates them, fresh or in place; of a linear head, its matrix products,
+  without any loss. They are a measure, not a bound: a forward pass of logits writes nothing, one of
+  distributions reads those too, and the products of a chunk may run faster than those of the whole
+  head.
+- Distributions are labels [N, V] of the logits' dtype; gradients are by the logits alone.
+- Ratios are of medians: to optax for logits and distributions; for heads to `naive`, optax's loss of
+  logits accumulated in float32.
 - The compile time is that of tracing and compiling, once. Temporary memory is what the compiler sets
   aside for a pass beside its arguments and results. On CPU, under Linux, the peak of resident memory
   over that of the arguments is measured too, in a fresh process for each peer.

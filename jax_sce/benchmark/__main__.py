@@ -10,7 +10,7 @@ from typing import Any
 
 from .._command import check_folder, check_known, is_installed, make_console, silence_tokamax
 from . import __doc__ as METHOD
-from ._cases import DTYPES, PASSES
+from ._cases import DTYPES, PASSES, rank
 from ._compare import Row, compare
 from ._peers import all_peers, missing
 from ._plot import draw
@@ -21,13 +21,14 @@ from ._table import print_report
 
 NEEDED = ("optax", "rich", "matplotlib")  # by the command
 
-COMPARED = ("logits", "linear")  # the subjects that the options are for
+COMPARED = ("logits", "distributions", "linear")  # the subjects that the options are for
 SUBJECTS = (*COMPARED, "scaling", "small")
 
 ROUNDS, QUICK_ROUNDS = 5, 3
 FOLDER = Path("jax_sce-benchmark")  # where the report and the pictures go if nobody says
 QUICK: dict[str, dict[str, Any]] = {
     "logits": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
+    "distributions": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
     "linear": {"shapes": [(512, 64, 8192)], "dtypes": ["float32"], "passes": ["value_and_grad"]},
 }
 
@@ -103,9 +104,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "subjects", nargs="*", metavar="subject",
-        help=f"any of {', '.join(SUBJECTS)}; logits and linear if none is named",
+        help=f"any of {', '.join(SUBJECTS)}; the first three if none is named",
     )  # fmt: skip
-    parser.add_argument("--shapes", help="NxV for logits, NxDxV for linear: 1024x32000,256x128256")
+    parser.add_argument("--shapes", help="NxV for logits and distributions, NxDxV for linear: "
+                        "1024x32000,512x64x8192")  # fmt: skip
     parser.add_argument("--dtypes", help=", ".join(DTYPES))
     parser.add_argument("--passes", help=", ".join(PASSES["logits"]) + "; all but the last")
     parser.add_argument("--peers", help="their names, as the table shows them")
@@ -145,7 +147,7 @@ def interpret(args: argparse.Namespace) -> None:
     check_known("subjects", args.subjects, SUBJECTS)
     args.options = {s: compare_options(args, s) for s in COMPARED if s in args.subjects}
     if not args.options and (args.shapes or args.dtypes or args.passes or args.peers):
-        raise ValueError("--shapes, --dtypes, --passes and --peers are for logits and linear")
+        raise ValueError(f"--shapes, --dtypes, --passes and --peers are for {', '.join(COMPARED)}")
     if not args.json and not args.plot:
         FOLDER.mkdir(exist_ok=True)
         args.json, args.plot = FOLDER / "report.json", FOLDER
@@ -172,7 +174,7 @@ def compare_options(args: argparse.Namespace, subject: str) -> dict[str, Any]:
 
 
 def shapes_of(subject: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [shape for shape in shapes if len(shape) == (2 if subject == "logits" else 3)]
+    return [shape for shape in shapes if len(shape) == rank(subject)]
 
 
 def words(text: str | None) -> list[str]:

@@ -1,9 +1,10 @@
 """What is measured: the subjects with their passes and shapes, the inputs, and the float64 answers.
 
 The inputs are drawn once for a shape and rounded to bfloat16, so that both dtypes see the same numbers
-and have the same answer. It is computed in float64, in blocks of examples, and of the gradients, which
-are as large as the inputs, as a sample: 64 rows of the logits' or the hidden states' gradient, spread
-evenly from the first to the last, and some 64 columns of the kernel's, half of them those of labels.
+and have the same answer; distributions then sum to not quite one. It is computed in float64, in blocks
+of examples, and of the gradients, which are as large as the inputs, as a sample: 64 rows of the logits'
+or the hidden states' gradient, spread evenly from the first to the last, and some 64 columns of the
+kernel's, half of them those of labels.
 
 The error of a gradient is relative in the L1 norm, `sum |g - g64| / sum |g64|`: over the sampled rows
 together, and for each column of the kernel apart, of which the worst counts. A norm of the largest
@@ -26,6 +27,7 @@ from .._command import check_known
 DTYPES = ("float32", "bfloat16")
 PASSES = {
     "logits": ("forward", "value_and_grad", "donated_gradient", "eager_forward"),
+    "distributions": ("forward", "value_and_grad", "donated_gradient", "eager_forward"),
     "linear": ("forward", "value_and_grad", "eager_forward"),
 }
 
@@ -33,10 +35,12 @@ PASSES = {
 _SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "cpu": {
         "logits": [(65536, 10), (4096, 1000), (512, 32000), (128, 128256)],
+        "distributions": [(65536, 10), (4096, 1000), (512, 32000)],
         "linear": [(1024, 64, 8192), (1024, 64, 32000)],
     },
     "default": {
         "logits": [(8192, 32000), (8192, 128256), (4096, 256000)],
+        "distributions": [(8192, 32000), (8192, 128256)],
         "linear": [(8192, 2304, 256000), (32768, 4096, 128256)],
     },
 }
@@ -53,6 +57,11 @@ _BLOCK = 2**25  # float64 logits at a time
 
 def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def rank(subject: str) -> int:
+    """Of its shapes: (N, D, V) of heads, (N, V) of all others."""
+    return 3 if subject == "linear" else 2
 
 
 def default_shapes(subject: str) -> list[tuple[int, ...]]:
@@ -73,31 +82,32 @@ def default_passes(subject: str) -> list[str]:
 class Case:
     """A subject, the shape of its problem, and the dtype of its float arguments."""
 
-    subject: str  # "logits" or "linear"
+    subject: str  # "logits", "distributions" or "linear"
     shape: tuple[int, ...]  # (N, V) or (N, D, V)
     dtype: str  # "float32" or "bfloat16"
 
     def __post_init__(self) -> None:
         check_known("subject", [self.subject], PASSES)
-        rank = 2 if self.subject == "logits" else 3
-        if len(self.shape) != rank or min(self.shape) < 1:
-            sizes = "NxV" if rank == 2 else "NxDxV"
+        if len(self.shape) != rank(self.subject) or min(self.shape) < 1:
+            sizes = "NxDxV" if self.subject == "linear" else "NxV"
             raise ValueError(f"a shape of {self.subject} must be {sizes}, got {self.shape}")
         check_known("dtype", [self.dtype], DTYPES)
 
     def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What a loss takes: logits [N, V], or hidden [N, D] and kernel [D, V]; and labels [N]."""
+        """What a loss takes: logits [N, V], or hidden [N, D] and kernel [D, V]; and labels, which are
+        classes [N], or distributions [N, V] of the logits' dtype."""
         n, *d, v = self.shape
-        floats = [(n, v)] if self.subject == "logits" else [(n, *d), (*d, v)]
+        floats = [(n, *d), (*d, v)] if d else [(n, v)]
         dtype = jnp.dtype(self.dtype)
         labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+        if self.subject == "distributions":
+            labels = jax.ShapeDtypeStruct((n, v), dtype)
         return (*(jax.ShapeDtypeStruct(shape, dtype) for shape in floats), labels)
 
     def arrays(self) -> tuple[Array, ...]:
         """Those arguments, on the device and ready."""
-        *floats, labels = _draw(self.subject, self.shape)
-        arrays = (*(jnp.asarray(x).astype(self.dtype) for x in floats), jnp.asarray(labels))
-        return jax.block_until_ready(arrays)
+        drawn = zip(_draw(self.subject, self.shape), self.arguments(), strict=True)
+        return jax.block_until_ready(tuple(jnp.asarray(x).astype(like.dtype) for x, like in drawn))
 
     def check(self, value: Any, gradients: Sequence[Any]) -> "Errors":
         """The errors of a pass's answer, in arrays of JAX or PyTorch."""
@@ -157,6 +167,10 @@ def _draw(subject: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         return (scale * draws.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
 
     n, *d, v = shape
+    if subject == "distributions":
+        masses = np.exp(normal(1.5, n, v).astype(np.float32))
+        masses /= masses.sum(-1, keepdims=True)
+        return normal(2.5, n, v), masses.astype(jnp.bfloat16)
     labels = draws.integers(v, size=n, dtype=np.int32)
     if subject == "logits":
         return normal(2.5, n, v), labels
@@ -168,8 +182,9 @@ def _expected(subject: str, shape: tuple[int, ...]) -> _Expected:
     n, v = shape[0], shape[-1]
     inputs = _draw(subject, shape)
     rows = np.unique(np.linspace(0, n - 1, _SAMPLE, dtype=np.int64))
-    evenly = np.linspace(0, v - 1, _SAMPLE // 2, dtype=np.int64)
-    columns = np.unique(np.concatenate([evenly, inputs[-1][rows[::2]]]))
+    columns = np.linspace(0, v - 1, _SAMPLE // 2, dtype=np.int64)
+    if subject == "linear":
+        columns = np.unique(np.concatenate([columns, inputs[-1][rows[::2]]]))
     sample = _Sample(rows, columns)
     with (
         jax.enable_x64(True),
@@ -190,17 +205,24 @@ def _answers(sample: _Sample, inputs: tuple[Array, ...]) -> tuple[Array, Array, 
         wide = example.astype(jnp.float64)
         return wide if kernel is None else wide @ kernel
 
-    def loss_and_cotangents(example: Array, label: Array) -> tuple[Array, Array]:
+    def loss_and_cotangents(example: Array, label: Array, at: Any) -> tuple[Array, Array]:
         z = logits(example)
         normalizer = jax.nn.logsumexp(z)
-        at = sample.columns
-        return normalizer - z[label], (jnp.exp(z[at] - normalizer) - (at == label)) / n
+        if label.ndim:  # a distribution
+            y = label.astype(jnp.float64)
+            mass, picked, targets = jnp.sum(y), jnp.sum(y * z), y[at]
+        else:
+            mass, picked, targets = jnp.float64(1), z[label], at == label
+        return mass * normalizer - picked, (mass * jnp.exp(z[at] - normalizer) - targets) / n
 
     losses, at_columns = lax.map(
-        lambda x: loss_and_cotangents(*x), (examples, labels), batch_size=max(_BLOCK // v, 1)
+        lambda x: loss_and_cotangents(x[0], x[1], sample.columns),
+        (examples, labels),
+        batch_size=max(_BLOCK // v, 1),
     )
-    z = jax.vmap(logits)(examples[sample.rows])
-    rows = (jax.nn.softmax(z) - jax.nn.one_hot(labels[sample.rows], v)) / n
+    _, rows = jax.vmap(loss_and_cotangents, (0, 0, None))(
+        examples[sample.rows], labels[sample.rows], jnp.arange(v)
+    )
     if kernel is None:
         return jnp.mean(losses), rows, None
     return jnp.mean(losses), rows @ kernel.T, examples.astype(jnp.float64).T @ at_columns

@@ -35,7 +35,7 @@ Progress = Callable[[int, int, str], None]  # steps done, steps in all, and what
 class Row:
     """What was found of one pass of one peer; None for what was not, or does not exist."""
 
-    subject: str  # "logits" or "linear"
+    subject: str  # "logits", "distributions" or "linear"
     shape: tuple[int, ...]  # (N, V) or (N, D, V)
     dtype: str
     pass_name: str
@@ -43,7 +43,7 @@ class Row:
     status: str  # "ok"; "wrong", and then without a time; or "failed"
     detail: str = ""  # what is wrong, or what it raised
     seconds: Quartiles | None = None
-    ratio: float | None = None  # of the median to the baseline's: optax for logits, naive for heads
+    ratio: float | None = None  # of the median to the baseline's: naive for heads, optax otherwise
     floor_fraction: float | None = None  # the floor's median over this one
     compile_seconds: float | None = None  # to trace and to compile
     temporary_bytes: int | None = None  # of the compiled pass, beside arguments and results
@@ -68,12 +68,12 @@ def compare(
     """Compare losses, yours among them: time, memory and error, as `jax_sce.benchmark` tells.
 
     Args:
-      subject: "logits" or "linear".
+      subject: "logits", with labels [N], "distributions", logits with labels [N, V], or "linear".
       losses: Your own, by name: `fn(logits, labels)`, or `fn(hidden, kernel, labels)`, which give the
         mean loss or that of each example and can be traced by JAX.
       shapes: (N, V) each, or (N, D, V); None for the subject's usual ones on this platform.
       dtypes: "float32", "bfloat16"; None for both, and on accelerators for bfloat16 heads.
-      passes: "forward", "value_and_grad", "donated_gradient" (of logits), "eager_forward"; None for
+      passes: "forward", "value_and_grad", "donated_gradient" (not of heads), "eager_forward"; None for
         all but the last.
       peers: Their names; None for all that are installed.
       rounds: How many times each is timed.

@@ -2,7 +2,7 @@
 
 naive     `-sum y log softmax(z)` of logits; of a linear head, `optax` on its logits, which are
           accumulated in float32
-optax     `softmax_cross_entropy_with_integer_labels`
+optax     `softmax_cross_entropy_with_integer_labels`, or of distributions `softmax_cross_entropy`
 jax_sce   this library
 tokamax   `linear_softmax_cross_entropy_loss`, by implementation
 jax-cce   `linear_cross_entropy`, which takes the kernel as [V, D]: given the transposed one
@@ -29,7 +29,13 @@ from ._cases import PASSES, Case
 from ._programs import Loss, Program, jax_program
 from ._torch import PASSES as TORCH_PASSES, torch_program
 
-BASELINE = {"logits": "optax", "linear": "naive", "scaling": "naive", "small": "optax"}
+BASELINE = {
+    "logits": "optax",
+    "distributions": "optax",
+    "linear": "naive",
+    "scaling": "naive",
+    "small": "optax",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,12 @@ def all_peers(subject: str) -> list[Peer]:
             Peer("naive", _of(_naive)),
             Peer("optax", _of(_optax), "optax"),
             Peer("jax_sce", _of(_jax_sce)),
+        ]
+    elif subject == "distributions":
+        peers = [
+            Peer("naive", _of(_naive_dense)),
+            Peer("optax", _of(_optax_dense), "optax"),
+            Peer("jax_sce", _of(_jax_sce_dense)),
         ]
     else:
         tokamax = ["xla", "chunked_xla"] + (["mosaic_tpu"] if on == "tpu" else [])
@@ -108,8 +120,7 @@ def _of(loss: Loss) -> Callable[[Case, str], Program]:
 
 
 def _naive(logits: Array, labels: Array) -> Array:
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return jnp.mean(-jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+    return _naive_dense(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
 
 
 def _optax(logits: Array, labels: Array) -> Array:
@@ -120,6 +131,23 @@ def _optax(logits: Array, labels: Array) -> Array:
 
 def _jax_sce(logits: Array, labels: Array) -> Array:
     return jax_sce.softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
+
+
+# -- logits [N, V], labels [N, V] ----------------------------------------------------------------------
+
+
+def _naive_dense(logits: Array, labels: Array) -> Array:
+    return jnp.mean(-jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1))
+
+
+def _optax_dense(logits: Array, labels: Array) -> Array:
+    import optax
+
+    return jnp.mean(optax.softmax_cross_entropy(logits, labels))
+
+
+def _jax_sce_dense(logits: Array, labels: Array) -> Array:
+    return jax_sce.softmax_cross_entropy(logits, labels, reduction="mean")
 
 
 # -- hidden [N, D], kernel [D, V], labels [N] ----------------------------------------------------------

@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """A picture of each subject but small; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for subject in ("logits", "linear", "scaling"):
+    for subject in ("logits", "distributions", "linear", "scaling"):
         own = [
             row
             for row in rows

@@ -7,9 +7,12 @@ Passes:
                     gradient of the run before for its logits
   eager_forward     the mean loss, without `jax.jit`
 
+Gradients are by all arguments but the labels, which are last.
+
 Floors, with the same passes:
   logits            a pass over the logits that negates them: into a fresh array for value_and_grad, in
                     place otherwise
+  distributions     the same; the labels, which a loss reads too, are not counted
   linear            the matrix product that gives the logits, into an array that is there already; for
                     value_and_grad also the two that take such an array to the hidden states and the
                     kernel. Of more than 2^28 logits a part is made, and its time scaled to all.
@@ -64,7 +67,7 @@ def jax_program(loss: Loss, case: Case, pass_name: str) -> Program:
 def floor_program(case: Case, pass_name: str) -> Program:
     """What a loss does at the least: of logits the memory's traffic, of a head the arithmetic."""
     *floats, _ = case.arguments()
-    if case.subject == "logits":
+    if case.subject != "linear":
         return _compiled(
             lambda logits, *_: (None, (-logits,)),
             case.arguments(),

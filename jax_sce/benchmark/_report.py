@@ -9,8 +9,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 import jax_sce
 
+from .. import native
 from ._compare import Row
 from ._machine import hardware
 from ._measure import Quartiles
@@ -42,13 +45,16 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this library, and those that are installed of the others."""
+    """Of Python, this library, and those that are installed of the others; and which native kernels."""
     found = {"python": platform.python_version(), "jax_sce": jax_sce.__version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if jax.default_backend() == "cpu":
+        kernels = native.status()
+        found["kernels"] = kernels.detail if kernels.available else "none"
     return found
 
 

@@ -25,14 +25,15 @@ def torch_program(case: Case, pass_name: str, *, compiled: bool = False) -> Prog
 
     def loss(*arguments: Any) -> Any:
         *floats, labels = arguments
-        logits = floats[0] if case.subject == "logits" else floats[0] @ floats[1]
+        logits = floats[0] @ floats[1] if case.subject == "linear" else floats[0]
         return cross_entropy(logits, labels)
 
     function = torch.compile(loss) if compiled else loss
 
     def start(arrays: tuple[Array, ...]) -> Run:
         *floats, labels = (torch.from_dlpack(x) for x in arrays)
-        labels = labels.long()
+        if not labels.is_floating_point():
+            labels = labels.long()
         if pass_name == "value_and_grad":
             floats = [x.detach().requires_grad_() for x in floats]
 
@@ -51,6 +52,6 @@ def torch_program(case: Case, pass_name: str, *, compiled: bool = False) -> Prog
 
     # PyTorch does not say what it will need: at most the logits, what it keeps of them, and the
     # gradient and its cotangent, besides the arguments and as many bytes of gradients.
-    *floats, _ = case.arguments()
+    *floats, labels = case.arguments()
     logits_bytes = case.shape[0] * case.shape[-1] * floats[0].dtype.itemsize
-    return Program(start, 2 * total_bytes(floats) + 4 * logits_bytes)
+    return Program(start, total_bytes([*floats, *floats, labels]) + 4 * logits_bytes)
