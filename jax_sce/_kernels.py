@@ -89,11 +89,19 @@ def run(kernel: str, plain: Plain, logits: Array, *operands: Array | Shared) -> 
     operands = _axis.vary_alike(
         logits, *(x.array if isinstance(x, Shared) else x for x in operands)
     )
-    return tuple(_primitive().bind(*operands, kernel=kernel, plain=plain, shared=is_shared))
+    primitive = _primitive(_may_be_split())
+    return tuple(primitive.bind(*operands, kernel=kernel, plain=plain, shared=is_shared))
+
+
+def _may_be_split() -> bool:
+    """Whether XLA may be to split the rows over devices that the kernels are for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_split = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+    return not is_split and jax.default_backend() == "cpu" and jax.device_count() > 1
 
 
 @functools.cache
-def _primitive():
+def _primitive(may_be_split: bool):
     """Made on first use: what it needs takes long to import."""
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
@@ -123,7 +131,8 @@ def _primitive():
         return mlir.lower_fun(plain, multiple_results=True)(context, *operands)
 
     def lower_partitioned(context, *operands, kernel, plain, shared):
-        call = functools.partial(primitive.bind, kernel=kernel, plain=plain, shared=shared)
+        local = _primitive(may_be_split=False)
+        call = functools.partial(local.bind, kernel=kernel, plain=plain, shared=shared)
         partitioned = _partitioned(call, plain, context.avals_in, shared)
         return mlir.lower_fun(partitioned, multiple_results=True)(context, *operands)
 
@@ -154,7 +163,7 @@ def _primitive():
             out = primitive.bind(*args, kernel=kernel, plain=plain, shared=shared)
         return out, [0] * len(out)
 
-    asked = _ask_for_devices(primitive)
+    asked = may_be_split and _ask_for_devices(primitive)
 
     def can_be_partitioned(axis_context):
         # Of a mesh that is partly manual, JAX does not name the axes; of one that is explicit, it would
@@ -197,12 +206,14 @@ def _call(kernel: str, shared: tuple[bool, ...], results, *operands: Array) -> l
 
 def _ask_for_devices(primitive) -> bool:
     """`custom_partitioning` needs to know the devices when it is lowered, and JAX has no public way to
-    ask for that: if a later version has moved its own, programs over several devices are plain JAX."""
+    ask for that: if a later version has moved its own, programs over several devices are plain JAX. JAX
+    refuses what asks where a program has several meshes or abstract ones, so nothing asks in vain."""
     try:
-        from jax._src.dispatch import prim_requires_devices_during_lowering
-    except ImportError:
+        from jax._src.dispatch import prim_requires_devices_during_lowering as asking
+
+        asking.add(primitive)
+    except (ImportError, AttributeError):
         return False
-    prim_requires_devices_during_lowering.add(primitive)
     return True
 
 

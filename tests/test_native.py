@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 from jax_sce import (
     _kernels,
@@ -172,6 +172,20 @@ def test_special_rows_are_as_in_plain_jax(run):
             assert_close(got[1:], want[1:], 16 * U, 0)
             highest = np.array([-inf, inf, nan, nan, 5, 2, 1e8], np.float32)
             np.testing.assert_array_equal(got[0], highest)
+
+
+@needs_kernels
+def test_infinite_cotangents_are_as_in_plain_jax(run):
+    for num_classes in (3, 300):
+        z, _, where, targets, *_ = problem(2, num_classes, "float32", "none")
+        g = jnp.array([jnp.inf, -jnp.inf])
+        options = Shared(jnp.zeros(1)), Shared(jnp.full(1, 1 / num_classes)), Shared(jnp.zeros(0))
+        largest, tail, mass, _ = run_plain("target_statistics", z, where, targets, *options)
+        args = z, where, targets, *options, largest, tail, mass, g, jnp.zeros(2)
+        want = run_plain("target_cotangent", *args)
+        assert np.all(np.isinf(want))
+        for got in run("target_cotangent", *args):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["ids", "smoothed", "dense", "weighted"])
@@ -463,6 +477,42 @@ def test_inside_shard_map_each_device_calls_them():
 
 
 # -- what there is to tell ----------------------------------------------------------------------------
+
+
+ON_ONE_DEVICE = """
+import jax, jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
+from jax_sce import softmax_cross_entropy_with_integer_labels as loss
+one, other = (jax.make_mesh((1,), (name,), axis_types=(AxisType.Auto,)) for name in "ab")
+z = jax.device_put(jnp.zeros((8, 600)), NamedSharding(one, P("a")))
+y = jax.device_put(jnp.zeros(8, jnp.int32), NamedSharding(other, P("b")))
+print(loss(z, y)[0], jax.grad(lambda z: loss(z, y, reduction="sum"))(z)[0, 0])
+many = NamedSharding(AbstractMesh((64,), ("a",), axis_types=(AxisType.Auto,)), P("a"))
+arguments = (jax.ShapeDtypeStruct((128, *x.shape[1:]), x.dtype, sharding=many) for x in (z, y))
+jax.jit(loss).trace(*arguments).lower(lowering_platforms=("tpu",))
+"""
+
+
+@needs_kernels
+def test_a_program_may_name_any_meshes():
+    """Where there is one CPU device, and inside `jax.shard_map`: nothing is to be split, and only who
+    splits has to know the devices."""
+    env = {**os.environ, "XLA_FLAGS": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", ON_ONE_DEVICE], env=env, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    np.testing.assert_allclose(np.float32(out.stdout.split()), [np.log(600), 1 / 600 - 1], 1e-6)
+
+    mesh = AbstractMesh((64,), ("a",), axis_types=(AxisType.Auto,))
+    z, y = jnp.zeros((64, 600)), jnp.zeros(64, jnp.int32)
+    split = jax.shard_map(integer_loss, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    export.export(jax.jit(split), platforms=["cpu", "tpu"])(
+        *(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("a")))
+            for x in (z, y)
+        )
+    )
 
 
 def status_with(choice):

@@ -47,7 +47,8 @@ constexpr int64_t kPart = 1 << 15;  // logits that are worth handing to another 
 // matter if the others never start.
 template <class Work>
 void for_rows(ThreadPool& pool, int64_t num_rows, int64_t num_classes, Work work) {
-  const int64_t size = std::max<int64_t>(kPart / num_classes / kRowsAtOnce, 1) * kRowsAtOnce;
+  int64_t size = std::max<int64_t>(kPart / num_classes, 1);
+  if (size > kRowsAtOnce) size -= size % kRowsAtOnce;
   const int64_t parts = (num_rows + size - 1) / size;
   if (parts <= 1) return work(0, num_rows);
 

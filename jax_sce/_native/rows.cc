@@ -677,19 +677,18 @@ void label_cotangent_of_few(const Logits& z, const int32_t* labels, const float*
 
 // What a row has to itself in the cotangent of its targets.
 struct TargetFactors {
-  float highest, rest, mass, g, scaled, uniform, factor;
+  float highest, rest, mass, g, uniform, share;
 
   TargetFactors(float max, float tail, float mass, float g_loss, float g_log_normalizer)
       : highest(quiet(max)), rest(quiet(tail)), mass(quiet(mass)), g(quiet(g_loss)),
-        scaled(g / (1 + rest)), uniform(quiet(g_log_normalizer) / (1 + rest)),
-        factor(scaled * this->mass + uniform) {}
+        uniform(quiet(g_log_normalizer) / (1 + rest)), share(1 / (1 + rest)) {}
 
   INLINE F of(F x, F target) const {
-    const F distance = x - highest;
-    // At the largest logit nothing is to cancel.
-    const F at_max = ((mass - target) - target * rest) * scaled + uniform;
-    const F below = exp_of<Need::kExact>(distance) * factor - target * g;
-    return distance == 0 ? at_max : below;
+    const F distance = x - highest, e = exp_of<Need::kExact>(distance);
+    // At the largest logit nothing is to cancel. The cotangent comes last: it may be infinite.
+    const F at_max = ((mass - target) - target * rest) * share;
+    const F below = e * (mass * share) - target;
+    return (distance == 0 ? at_max : below) * g + e * uniform;
   }
 };
 

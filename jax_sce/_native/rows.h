@@ -10,7 +10,7 @@
 
 namespace jax_sce {
 
-// Parts of the rows begin at multiples of this, so that how many rows are read together never changes.
+// Rows of few classes are read so many together. Parts of more begin at multiples of it.
 constexpr int64_t kRowsAtOnce = 32;
 
 enum class Type { kF32, kBF16, kF16, kIds };  // kIds: one class id a row, int32
