@@ -4,10 +4,8 @@ from ._cross_entropy import (
     softmax_cross_entropy as softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
-from ._linear import (
-    CrossEntropyAux as CrossEntropyAux,
-    linear_softmax_cross_entropy as linear_softmax_cross_entropy,
-)
+from ._head import CrossEntropyAux as CrossEntropyAux
+from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from ._sharded import shard as shard
 
 __version__ = "0.1.0"

@@ -3,11 +3,10 @@
 Each device holds as many classes as the others, in the order of the axis. Of a row only sums over its
 classes and its largest logit cross. Where `axis_name` is None nothing is split and all here is identity.
 
-JAX follows which values vary over a mesh axis and sums the cotangent of one that does not, where it
-enters what does: so a value that all devices share is made to vary before a rule, and its gradient is
-summed once, outside. With `check_vma=False` JAX follows nothing. Then a sum's result belongs to each
-device by itself, and its cotangent is the sum of what the devices have (`total_cotangent`).
-"""
+JAX tracks which values vary over a mesh axis, and sums the cotangent of a value that does not where it
+meets one that does. So a value that all devices share is made to vary before a rule, and its gradient
+is summed once, outside. With `check_vma=False` JAX tracks nothing. Then a sum's result belongs to each
+device by itself, and its cotangent is the sum of what the devices have (`total_cotangent`)."""
 
 import functools
 from typing import Any
@@ -49,14 +48,14 @@ def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
 
 
 def total_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
-    """What a rule's arguments get, of the cotangents that each device has for the rule's results."""
+    """The cotangents of a rule's results, summed over the devices if JAX does not do it."""
     if axis_name is None or _is_followed(axis_name):
         return cotangents
     return lax.psum(cotangents, axis_name)
 
 
-def share_of_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
-    """What each device is to hand to a rule, so that these be the cotangents in all."""
+def divided_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
+    """Divide by the axis size, so that the rule's sum over the devices restores the cotangents."""
     if axis_name is None or _is_followed(axis_name):
         return cotangents
     return jax.tree.map(lambda g: g / size(axis_name), cotangents)

@@ -1,4 +1,4 @@
-"""Storey 2: the losses on logits. Their options are arithmetic around two differentiation rules."""
+"""The losses on logits. Their options are arithmetic around two differentiation rules."""
 
 import dataclasses
 import functools
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from . import _axis, _checks, _rows
+from . import _arguments, _axis, _backend, _rows, _split
+from ._arguments import Options
 from ._axis import AxisName
-from ._kernels import is_symbolic_zero
 from ._label_check import checked, is_class
-from ._reduction import REDUCTIONS, both, reduce_losses, times
 from ._rows import Rows, Statistics, Targets
+from ._weighting import Losses, class_weight_of, excuse, mean_weights, reduce_losses, weighted
 
 
 def softmax_cross_entropy(
@@ -50,10 +50,10 @@ def softmax_cross_entropy(
         float32.
       labels: The shape of `logits`. Floats; integers and bools serve as one-hot rows.
       axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep).
-        Give a mask of classes the logits' rank, `[1, V]`, lest it be taken for one of examples. An
-        example of which nothing is kept has loss 0. The mass of a distribution on a class that is left
-        out is left out too.
+      where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
+        logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
+        example that keeps no class has loss 0, and a distribution's target on a masked class is
+        left out.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
       weights: [N...], the weight of each example; 0 leaves it out.
@@ -61,18 +61,18 @@ def softmax_cross_entropy(
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
         that count, and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
-        is the number of classes on this device, in the logits and in all that has classes, and the
-        loss is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
-        examples of this device. Under `check_vma=False` differentiate outside the `jax.shard_map`:
-        inside, JAX adds up the losses of these devices, and gradients are as many times too large.
+      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
+        then the number of classes on this device, in every argument that has classes. Labels stay
+        global, and the loss is that of whole rows, the same on all devices of the axis. A "mean" or
+        "sum" is over the examples of this device. With `check_vma=False` differentiate outside the
+        `jax.shard_map`: inside, JAX multiplies gradients by the size of the axis.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN for a row of logits that
       are all -inf, or of which one is +inf or NaN (after the soft-cap); that row's gradient is NaN and
-      no other's. A logit of -inf is an absent class, and costs +inf if it has mass.
+      no other's. A logit of -inf is an absent class: it costs +inf if its target is not 0.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -97,22 +97,11 @@ def softmax_cross_entropy(
     See also:
       `softmax_cross_entropy_with_integer_labels`, where each example has one class.
     """
-    return run(
-        *read_targets(
-            logits,
-            labels,
-            axis,
-            where,
-            reduction=reduction,
-            axis_name=axis_name,
-            forward_mode=forward_mode,
-            label_smoothing=label_smoothing,
-            class_weights=class_weights,
-            weights=weights,
-            z_loss=z_loss,
-            softcap=softcap,
-        )
-    )
+    checked = inputs(
+        logits, labels, axis, where, has_ids=False, label_smoothing=label_smoothing,
+        class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
+        reduction=reduction, axis_name=axis_name, forward_mode=forward_mode)  # fmt: skip
+    return loss_of(checked)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -143,11 +132,12 @@ def softmax_cross_entropy_with_integer_labels(
       logits: [N..., V] with the classes on `axis`; any floating dtype. 16-bit logits are computed in
         float32.
       labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
-        those axes flattened in the order given.
+        those axes flattened in the order given. (Without x64, JAX cuts 64-bit labels that are passed to
+        your own jitted function before this one sees them.)
       axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools that broadcast to N... (examples to keep) or else to the logits (classes to keep).
-        Give a mask of classes the logits' rank, `[1, V]`, lest it be taken for one of examples. An
-        example of which nothing is kept has loss 0; a label on a class left out costs +inf.
+      where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
+        logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
+        example that keeps no class has loss 0; a label on a masked class costs +inf.
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
@@ -156,11 +146,11 @@ def softmax_cross_entropy_with_integer_labels(
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
         `weights * class_weights[label]` of the examples that count, and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`: then V
-        is the number of classes on this device, in the logits and in all that has classes, and the
-        loss is that of whole rows, the same on all devices of the axis. A "mean" or "sum" is over the
-        examples of this device. Under `check_vma=False` differentiate outside the `jax.shard_map`:
-        inside, JAX adds up the losses of these devices, and gradients are as many times too large.
+      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
+        then the number of classes on this device, in every argument that has classes. Labels stay
+        global, and the loss is that of whole rows, the same on all devices of the axis. A "mean" or
+        "sum" is over the examples of this device. With `check_vma=False` differentiate outside the
+        `jax.shard_map`: inside, JAX multiplies gradients by the size of the axis.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -195,254 +185,115 @@ def softmax_cross_entropy_with_integer_labels(
     See also:
       `softmax_cross_entropy`, where the labels are distributions.
     """
-    return run(
-        *read_labels(
-            logits,
-            labels,
-            axis,
-            where,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            axis_name=axis_name,
-            forward_mode=forward_mode,
-            label_smoothing=label_smoothing,
-            class_weights=class_weights,
-            weights=weights,
-            z_loss=z_loss,
-            softcap=softcap,
-        )
-    )
+    checked = inputs(
+        logits, labels, axis, where, has_ids=True, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, class_weights=class_weights, weights=weights,
+        z_loss=z_loss, softcap=softcap, reduction=reduction, axis_name=axis_name,
+        forward_mode=forward_mode)  # fmt: skip
+    return loss_of(checked)
 
 
 # -- from the arguments to the loss -------------------------------------------------------------------
 
 
-class Setting(NamedTuple):
-    """What is known when tracing."""
-
-    axes: tuple[int, ...]  # of the classes
-    ignore_index: int | None
-    reduction: str
-    forward_mode: bool
-    classes: AxisName  # the mesh axis over which the classes are split
-    batch: AxisName = None  # that of the examples, if a reduction is over all of them
-
-
-class Arguments(NamedTuple):
-    """The arrays, checked."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "labels", "mask", "options"],
+    meta_fields=["axes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments, checked."""
 
     logits: Array
-    labels: Array  # [N...], or the shape of the logits
-    where: Array | None  # bool, of the logits' rank: the classes to keep
-    options: "Options"
+    labels: Array  # class ids, [N...], or distributions in the shape of the logits
+    mask: Array | None  # bool, of the logits' rank: the classes to keep
+    options: Options
+    axes: tuple[int, ...]  # of the classes
 
     @property
     def has_ids(self) -> bool:
         return self.labels.ndim < self.logits.ndim
 
 
-def read_targets(
-    logits: ArrayLike, labels: ArrayLike, axis: Any, where: ArrayLike | None, **options: Any
-) -> tuple[Setting, Arguments]:
-    """The arguments of `softmax_cross_entropy`, by those names."""
-    logits = _checks.floating("logits", logits)
-    axes = _checks.class_axes(axis, logits.ndim)
-    labels = _checks.real("labels", labels)
-    _checks.shape("labels", labels, logits.shape)
-    return _read(logits, axes, labels, where, **options)
-
-
-def read_labels(
+def inputs(
     logits: ArrayLike,
     labels: ArrayLike,
-    axis: Any,
+    axis: int | Sequence[int] | None,
     where: ArrayLike | None,
     *,
-    ignore_index: int | None,
-    **options: Any,
-) -> tuple[Setting, Arguments]:
-    """Those of `softmax_cross_entropy_with_integer_labels`."""
-    logits = _checks.floating("logits", logits)
-    axes = _checks.class_axes(axis, logits.ndim)
-    labels = _checks.integers("labels", labels)
-    _checks.shape("labels", labels, _rows_shape(logits, axes))
-    ignored = _checks.integer_or_none("ignore_index", ignore_index)
-    return _read(logits, axes, labels, where, ignore_index=ignored, **options)
-
-
-def _read(
-    logits: Array,
-    axes: tuple[int, ...],
-    labels: Array,
-    where: ArrayLike | None,
-    *,
-    reduction: str,
-    axis_name: AxisName,
-    forward_mode: bool,
+    has_ids: bool,
     ignore_index: int | None = None,
-    **options: Any,
-) -> tuple[Setting, Arguments]:
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    classes = _checks.axis_name(axis_name)
-    forward_mode = _checks.flag("forward_mode", forward_mode)
-    rows_shape, num_classes = _rows_shape(logits, axes), _checks.num_classes(logits, axes)
-    checked_options = check_options(logits.dtype, rows_shape, num_classes, **options)
-    kept, mask = _read_where(_checks.boolean_or_none("where", where), logits.shape, axes, classes)
-    if kept is not None:
-        checked_options = checked_options.keeping(kept)
-    setting = Setting(axes, ignore_index, reduction, forward_mode, classes)
-    return setting, Arguments(logits, labels, mask, checked_options)
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def run(setting: Setting, arguments: Arguments) -> Array:
-    """The loss. Compiled as one where nothing else is; within another compilation, as if it were written
-    there."""
-    logits, labels, where, options = arguments
-    view, options = _view(logits, where, options, setting)
-    if arguments.has_ids:
-        options = options.ignoring(labels, setting.ignore_index)
-        num_classes = view.rows.num_classes * _axis.size(setting.classes)
-        index = class_index(labels, num_classes, options)
-        loss = label_losses(view, index, options, setting.forward_mode).loss
-        weights = label_weights(index, options, setting.classes, loss.dtype)
+    **options,
+) -> Inputs:
+    """The arguments of either loss, by their public names."""
+    logits = _arguments.floating("logits", logits)
+    axes = _arguments.class_axes(axis, logits.ndim)
+    batch = _arguments.batch_shape(logits.shape, axes)
+    if has_ids:
+        labels, ignore_index = _arguments.class_ids(labels, ignore_index)
     else:
-        loss = target_losses(view, labels, setting.axes, options, setting.forward_mode).loss
-        weights = example_weights(options, loss.shape, loss.dtype)
-    return reduce_losses(loss, weights, setting.reduction, setting.batch)
-
-
-# -- options ------------------------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """The checked arguments; None where an option is not used, so that it costs nothing."""
-
-    kept: Array | None  # bool, [N...], the examples to keep
-    weights: Array | None  # [N...]
-    smoothing: Array | None  # scalar
-    class_weights: Array | None  # [V]
-    z_loss: Array | None  # scalar
-    softcap: Array | None  # scalar
-
-    def keeping(self, kept: Array) -> "Options":
-        return self._replace(kept=both(self.kept, kept))
-
-    def ignoring(self, labels: Array, ignore_index: int | None) -> "Options":
-        """Without the examples of that label, compared without wrapping."""
-        if ignore_index is None:
-            return self
-        info = jnp.iinfo(labels.dtype)
-        if not info.min <= ignore_index <= info.max:
-            return self
-        return self.keeping(labels != jnp.asarray(ignore_index, labels.dtype))
-
-    @property
-    def counts(self) -> Array | None:
-        """[N...], the examples that are kept and have a weight other than 0."""
-        return both(self.kept, None if self.weights is None else self.weights != 0)
-
-
-def check_options(
-    dtype: jnp.dtype,
-    rows_shape: tuple[int, ...],
-    num_classes: int,
-    *,
-    label_smoothing: ArrayLike,
-    class_weights: ArrayLike | None,
-    weights: ArrayLike | None,
-    z_loss: ArrayLike,
-    softcap: ArrayLike | None,
-) -> Options:
-    """The options for logits of that dtype, checked and in the dtype that they are computed in."""
-    dtype = _rows.compute_dtype(dtype)
-    smoothing = _scalar_or_none("label_smoothing", label_smoothing, dtype)
-    _checks.number_in("label_smoothing", label_smoothing, 0, 1, "[0, 1]")
-    cap, of_class, of_example = None, None, None
-    if softcap is not None:
-        _checks.number_in("softcap", softcap, 0, float("inf"), "(0, inf)")
-        cap = _checks.scalar("softcap", softcap).astype(dtype)
-    if class_weights is not None:
-        of_class = _checks.real("class_weights", class_weights).astype(dtype)
-        _checks.shape("class_weights", of_class, (num_classes,))
-    if weights is not None:
-        of_example = _checks.real("weights", weights).astype(dtype)
-        _checks.shape("weights", of_example, rows_shape)
-    return Options(
-        kept=None,
-        weights=of_example,
-        smoothing=smoothing,
-        class_weights=of_class,
-        z_loss=_scalar_or_none("z_loss", z_loss, dtype),
-        softcap=cap,
+        labels = _arguments.real("labels", labels)
+    _arguments.shape("labels", labels, batch if has_ids else logits.shape)
+    num_classes = _arguments.num_classes(logits, axes)
+    checked = _arguments.options(
+        logits.dtype, batch, num_classes, ignore_index=ignore_index, **options
     )
+    examples, mask = _arguments.masks(where, logits.shape, axes)
+    return Inputs(logits, labels, mask, checked.where(examples), axes)
 
 
-def _scalar_or_none(name: str, x: ArrayLike, dtype: jnp.dtype) -> Array | None:
-    """A scalar option as an array; None for the number zero, which switches it off."""
-    array = _checks.scalar(name, x).astype(dtype)
-    return None if isinstance(x, int | float) and x == 0 else array
+@functools.partial(jax.jit, inline=True)
+def loss_of(inputs: Inputs) -> Array:
+    """The loss. Jitted when it is called eagerly; inlined into an enclosing jit."""
+    options, labels = inputs.options, inputs.labels
+    axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)
+    rows, uniform = _rows_of(inputs, axes)
+    if inputs.has_ids:
+        options = options.where(_arguments.not_ignored(labels, options.ignore_index))
+        num_classes = rows.num_classes * _axis.size(options.axis_name)
+        labels = class_index(labels, num_classes, options.where(_keeps_class(rows)))
+    of_examples = losses(rows, labels, options, uniform)
+    loss, options = of_examples.loss, dataclasses.replace(options, valid=of_examples.valid)
+    weights = mean_weights(options, labels if inputs.has_ids else None, loss)
+    return reduce_losses(loss, weights, options.reduction, options.batch_axis)
 
 
-def _rows_shape(logits: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for axis, size in enumerate(logits.shape) if axis not in axes)
-
-
-class _View(NamedTuple):
-    """Logits, and which classes of them there are."""
-
-    rows: Rows
-    classes_kept: Array | None  # bool, [N... or 1..., V]
-    share: Array | None  # [N... or 1...], one over the number of classes kept in the row
-
-
-def logits_view(
-    logits: Array, axes: tuple[int, ...], axis_name: AxisName, options: Options
-) -> _View:
-    """All classes are there."""
-    return _View(Rows(logits, None, None, options.softcap, axes, axis_name), None, None)
-
-
-def _view(
-    logits: Array, where: Array | None, options: Options, setting: Setting
-) -> tuple[_View, Options]:
-    axes, classes = setting.axes, setting.classes
-    if where is None:
-        return logits_view(logits, axes, classes, options), options
+def _rows_of(inputs: Inputs, axes: tuple[int, ...]) -> tuple[Rows, Array | None]:
+    """The rows; and for smoothing one over the number of classes that the mask keeps of each, [N, 1]."""
+    mask, options = inputs.mask, inputs.options
+    rows = rows_of(inputs.logits, axes, options)
+    if mask is None:
+        return rows, None
     # Expand the class axes alone: a mask that all examples share stays small.
-    sizes = [logits.shape[a] if a in axes else size for a, size in enumerate(where.shape)]
-    classes_kept = _rows.classes_last(jnp.broadcast_to(where, sizes), axes)
-    count = _axis.total(classes, jnp.sum(classes_kept, axis=-1, dtype=jnp.int32))
-    kept = jnp.broadcast_to(count > 0, _rows_shape(logits, axes))
-    share = 1 / jnp.maximum(count, 1).astype(_rows.compute_dtype(logits.dtype))
-    rows = Rows(logits, where, count > 0, options.softcap, axes, classes)
-    return _View(rows, classes_kept, share), options.keeping(kept)
+    sizes = [n if a in inputs.axes else m for a, (n, m) in
+             enumerate(zip(rows.logits.shape, mask.shape, strict=True))]  # fmt: skip
+    mask = jnp.broadcast_to(mask, sizes)
+    rows = dataclasses.replace(rows, mask=mask)
+    if options.label_smoothing is None:
+        return rows, None
+    count = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+    count = _axis.total(options.axis_name, count)
+    return rows, 1 / jnp.maximum(count, 1).astype(rows.dtype)
 
 
-def _read_where(
-    where: Array | None, logits_shape: tuple[int, ...], axes: tuple[int, ...], classes: AxisName
-) -> tuple[Array | None, Array | None]:
-    """`where` as a mask of examples, [N...], or as one of classes, of the logits' rank."""
-    if where is None:
-        return None, None
-    rows_shape = tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
-    # Where the classes are split, there may be just one on each device.
-    is_of_rows = classes is None and where.ndim == len(logits_shape)
-    if is_of_rows and all(where.shape[axis] == 1 for axis in axes):
-        where = where.squeeze(axes)
-    if where.ndim < len(logits_shape) and _broadcasts(where.shape, rows_shape):
-        return jnp.broadcast_to(where, rows_shape), None
-    if _broadcasts(where.shape, logits_shape):
-        return None, where.reshape((1,) * (len(logits_shape) - where.ndim) + where.shape)
-    raise ValueError(
-        f"where must broadcast to the examples, {rows_shape}, or to the logits, {logits_shape}, "
-        f"got {where.shape}"
-    )
+def _keeps_class(rows: Rows) -> Array | None:
+    """bool, [N...]: the examples that keep a class; None for all. Only checkify uses this: the row
+    operations find it in their own pass."""
+    kept = [_axis.total(rows.axis_name, x.squeeze(rows.axes)) for x in _rows.keeps_class(rows)]
+    return kept[0] > 0 if kept else None
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    tail = to[len(to) - len(shape) :]
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+def rows_of(logits: Array, axes: tuple[int, ...], options: Options) -> Rows:
+    """Rows of which all classes are there; `axes` are counted from the last."""
+    softcap, first_class = options.softcap, None
+    if softcap is not None:
+        softcap = softcap.reshape((1,) * logits.ndim)
+    rows = Rows(logits, None, softcap, None, axes, options.axis_name)
+    if options.axis_name is not None:
+        first = _axis.offset(options.axis_name, rows.num_classes)
+        first_class = jnp.asarray(first, jnp.int32).reshape((1,) * logits.ndim)
+    return dataclasses.replace(rows, first_class=first_class)
 
 
 def class_index(labels: Array, num_classes: int, options: Options) -> Array:
@@ -452,192 +303,146 @@ def class_index(labels: Array, num_classes: int, options: Options) -> Array:
     return jnp.where(good, jnp.where(good, labels, 0).astype(jnp.int32), -1)
 
 
-# -- the loss of each example -------------------------------------------------------------------------
+def losses(rows: Rows, labels: Array, options: Options, uniform: Array | None = None) -> Losses:
+    """The loss of each example. Labels are class ids, [N...], -1 for a bad one, or distributions."""
+    has_ids = labels.ndim < rows.logits.ndim
+    class_weight = None
+    if has_ids:
+        labels, options = excuse(labels, options)
+    if has_ids and options.label_smoothing is None:
+        rule = _label_rule_forward if options.forward_mode else _label_rule
+        out = rule(*_axis.vary_alike(rows), labels, options.counts)
+        class_weight = class_weight_of(labels, options)
+    else:  # the targets carry the class weights
+        rule = _target_rule_forward if options.forward_mode else _target_rule
+        targets = _targets(rows, rows.expand(labels) if has_ids else labels, options, uniform)
+        out = rule(*_axis.vary_alike(rows, targets), options.counts)
+    for kept in out.kept:
+        options = options.where(kept > 0)
+    return weighted(options, out.loss, out.log_normalizer, class_weight)
 
 
-class Losses(NamedTuple):
-    """Of each example, [N...]."""
-
-    loss: Array  # weighted; 0 if it does not count
-    log_normalizer: Array  # 0 if it does not count
-
-
-def label_losses(view: _View, index: Array, options: Options, forward_mode: bool) -> Losses:
-    """Of class ids, [N...], -1 for a bad one."""
-    index, options = _excused(index, options)
-    if options.smoothing is None:
-        rule = _label_rule_forward if forward_mode else _label_rule
-        loss, log_normalizer = rule(*_axis.vary_alike(view.rows), index, options.counts)
-        class_weight = _class_weight(index, options, view.rows.axis_name)
-    else:
-        loss, log_normalizer = _target_rule_of(forward_mode)(
-            *_axis.vary_alike(view.rows, _targets(view, index, None, options)), options.counts
-        )
-        class_weight = None  # the targets carry it
-    return _finish(options, loss, log_normalizer, class_weight)
-
-
-def target_losses(
-    view: _View, labels: Array, axes: tuple[int, ...], options: Options, forward_mode: bool
-) -> Losses:
-    """Of distributions with the classes on `axes`."""
-    loss, log_normalizer = _target_rule_of(forward_mode)(
-        *_axis.vary_alike(view.rows, _targets(view, labels, axes, options)), options.counts
-    )
-    return _finish(options, loss, log_normalizer, None)
-
-
-def _excused(index: Array, options: Options) -> tuple[Array, Options]:
-    """A bad class id is none where its example does not count."""
-    if options.weights is not None:
-        options = options.keeping(~((index < 0) & (options.weights == 0)))
-    if options.kept is not None:
-        index = jnp.where(options.kept, index, 0)
-    return index, options
-
-
-def label_weights(index: Array, options: Options, axis_name: AxisName, dtype: jnp.dtype) -> Array:
-    """[N...], `weights * class_weights[label]` of the examples that are kept."""
-    index, options = _excused(index, options)
-    weight = example_weights(options, index.shape, dtype)
-    class_weight = _class_weight(index, options, axis_name)
-    return weight if class_weight is None else weight * class_weight
-
-
-def example_weights(options: Options, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """[N...], of the examples that are kept."""
-    weights = jnp.ones(shape, dtype) if options.weights is None else options.weights
-    return weights if options.kept is None else jnp.where(options.kept, weights, 0)
-
-
-def _class_weight(index: Array, options: Options, axis_name: AxisName) -> Array | None:
-    if options.class_weights is None:
-        return None
-    num_classes = options.class_weights.size
-    place = jnp.maximum(index, 0) - _axis.offset(axis_name, num_classes)
-    if axis_name is None:
-        return options.class_weights[place]
-    is_here = (place >= 0) & (place < num_classes)
-    weight = jnp.where(is_here, options.class_weights[jnp.where(is_here, place, 0)], 0)
-    return _axis.total(axis_name, weight)
-
-
-def _targets(view: _View, labels: Array, axes: tuple[int, ...] | None, options: Options) -> Targets:
-    rows = view.rows
-    return Targets(
-        labels,
-        view.classes_kept,
-        view.share,
-        options.smoothing,
-        options.class_weights,
-        axes,
-        rows.num_classes,
-        _rows.compute_dtype(rows.logits.dtype),
-        rows.axis_name,
-    )
-
-
-def _finish(
-    options: Options, loss: Array, log_normalizer: Array, class_weight: Array | None
-) -> Losses:
-    """Apply what comes after the rule: the class weight, the z-loss, the weights of the examples.
-
-    What must not count is made 0 before any arithmetic, for 0 times NaN is NaN, in derivatives too. A
-    loss of weight 0 is kept where it is finite: it is the derivative with respect to that weight.
-    """
-    live = options.kept
-    if options.weights is not None:
-        weighted = loss if class_weight is None else times(class_weight, loss)
-        harmless = (options.weights != 0) | (jnp.isfinite(weighted) & jnp.isfinite(log_normalizer))
-        live = both(live, harmless)
-    if live is not None:
-        loss, log_normalizer = jnp.where(live, loss, 0), jnp.where(live, log_normalizer, 0)
-
-    if class_weight is not None:
-        loss = times(class_weight, loss)
-    if options.z_loss is not None:
-        loss = loss + options.z_loss * jnp.square(log_normalizer)
-    if options.weights is not None or options.kept is not None:
-        loss = example_weights(options, loss.shape, loss.dtype) * loss
-    if options.counts is not None:
-        log_normalizer = jnp.where(options.counts, log_normalizer, 0)
-    return Losses(loss, log_normalizer)
+def _targets(rows: Rows, labels: Array, options: Options, uniform: Array | None) -> Targets:
+    one = (1,) * rows.logits.ndim
+    smoothing, weights = options.label_smoothing, options.class_weights
+    if uniform is None:
+        num_classes = rows.num_classes * _axis.size(rows.axis_name)
+        uniform = jnp.full(one, 1 / num_classes, rows.dtype)
+    if smoothing is not None:
+        smoothing = smoothing.reshape(one)
+    if weights is not None:
+        sizes = [rows.logits.shape[axis] for axis in rows.axes]
+        order = sorted(range(len(sizes)), key=lambda i: rows.axes[i])
+        shape = [n if a - len(one) in rows.axes else 1 for a, n in enumerate(rows.logits.shape)]
+        weights = weights.reshape(sizes).transpose(order).reshape(shape)
+    return Targets(labels, smoothing, uniform, weights)
 
 
 # -- rules --------------------------------------------------------------------------------------------
-# Each gives the loss and the log-normalizer of every row, and honours a cotangent of both. Rows outside
-# `counts` have a derivative of exactly 0, whatever their logits hold: the caller gives them a cotangent
-# of 0 and replaces their values. What is saved for the derivative is the arguments and some numbers a
-# row.
+# Each gives the loss and the log-normalizer of every row, and honours a cotangent of both. Rows that do
+# not count have a derivative of exactly 0, whatever their logits hold: the caller gives them a
+# cotangent of 0 and replaces their values. What is saved for the derivative is the arguments and some
+# numbers a row. Those are [N...] here: XLA for CPU is slow on [N, 1].
+
+
+class _Out(NamedTuple):
+    loss: Array  # [N...]
+    log_normalizer: Array  # [N...]
+    kept: list[Array]  # [N...], with a mask: 1.0 for rows of which it keeps a class, else 0.0
+
+
+def _squeezed(rows: Rows, statistics: tuple[Array, ...], count: int) -> list[Any]:
+    """The first of the statistics, [N...], and a list of the others."""
+    squeezed = [x.squeeze(rows.axes) for x in statistics]
+    return [*squeezed[:count], squeezed[count:]]
+
+
+def _expanded(rows: Rows, counts: Array | None) -> Array | None:
+    return None if counts is None else rows.expand(counts)
 
 
 class _LabelResiduals(NamedTuple):
     rows: Rows
     labels: Array  # [N...]
     counts: Array | None  # [N...]
-    gap: Array  # [N...], the label's logit less the largest
+    distance: Array  # [N...], the label's logit less the maximum
     stats: Statistics  # [N...] each
 
 
 @jax.custom_vjp
-def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array, Array]:
+def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> "_Out":
     return _label_fwd(rows, labels, counts)[0]
 
 
 def _label_fwd(rows, labels, counts):
-    stats, gap = _rows.label_statistics(rows, labels)
-    out = _rows.label_loss(gap, stats), _rows.log_normalizer(stats)
-    return out, _LabelResiduals(rows, labels, counts, gap, stats)
+    statistics = _split.whole_label_statistics(
+        rows, rows.expand(labels), rows.axis_name, _backend.label_statistics
+    )
+    *numbers, kept = _squeezed(rows, statistics, 3)
+    counts, (highest, tail, at_label) = _rows.without_empty_rows(counts, numbers, kept)
+    stats = Statistics(highest, tail)
+    distance = jnp.where(labels < 0, jnp.nan, at_label - highest)
+    out = _Out(_rows.label_loss(distance, stats), _rows.log_normalizer(stats), kept)
+    return out, _LabelResiduals(rows, labels, counts, distance, stats)
 
 
 def _label_bwd(residuals, cotangents):
-    rows, labels, counts, gap, stats = residuals
-    cotangents = _axis.total_cotangent(rows.axis_name, cotangents)
-    pulled = _rows.pull_label(rows, labels, counts, gap, stats, *cotangents)
-    return _of_rows(rows, *pulled), None, None
+    rows, labels, counts, distance, stats = residuals
+    g = _axis.total_cotangent(rows.axis_name, tuple(cotangents[:2]))
+    factors = (_rows.only(counts, x, stats.tail) for x in _rows.label_factors(distance, stats, *g))
+    operands = map(rows.expand, (labels, stats.max, *factors))
+    return _backend.label_cotangent(rows, *operands), None, None
 
 
 _label_rule.defvjp(_label_fwd, _label_bwd)
-
-
-def _target_rule_of(forward_mode: bool):
-    return _target_rule_forward if forward_mode else _target_rule
 
 
 class _TargetResiduals(NamedTuple):
     rows: Rows
     targets: Targets
     counts: Array | None  # [N...]
-    mass: Array  # [N...], the sum of the targets
+    target_sum: Array  # [N...]
     stats: Statistics  # [N...] each
 
 
 @jax.custom_vjp
-def _target_rule(rows: Rows, targets: Targets, counts: Array | None) -> tuple[Array, Array]:
+def _target_rule(rows: Rows, targets: Targets, counts: Array | None) -> "_Out":
     return _target_fwd(rows, targets, counts)[0]
 
 
 def _target_fwd(rows, targets, counts):
-    stats, mass, moment = _rows.target_statistics(rows, targets)
-    out = _rows.target_loss(mass, moment, stats), _rows.log_normalizer(stats)
-    return out, _TargetResiduals(rows, targets, counts, mass, stats)
+    statistics = _split.whole_target_statistics(
+        rows, targets, rows.axis_name, _backend.target_statistics
+    )
+    *numbers, kept = _squeezed(rows, statistics, 4)
+    counts, numbers = _rows.without_empty_rows(counts, numbers, kept)
+    highest, tail, target_sum, target_dot = numbers
+    stats = Statistics(highest, tail)
+    loss = _rows.target_loss(target_sum, target_dot, stats)
+    out = _Out(loss, _rows.log_normalizer(stats), kept)
+    return out, _TargetResiduals(rows, targets, counts, target_sum, stats)
+
+
+def _costs(rows, targets, counts, stats, g_loss):
+    """The cotangent of the targets' values, [N, V]."""
+    costs = _rows.target_costs(rows, targets, *map(rows.expand, (*stats, g_loss)))
+    return _rows.only(_expanded(rows, counts), costs, costs)
 
 
 def _target_bwd(residuals, cotangents):
-    rows, targets, counts, mass, stats = residuals
-    cotangents = _axis.total_cotangent(rows.axis_name, cotangents)
-    pulled = _rows.pull_target(rows, targets, counts, mass, stats, *cotangents)
-    of_targets = _rows.cost_cotangent(rows, targets, stats, cotangents[0])
-    of_targets = _rows.pull(targets, _rows.only(counts, of_targets, of_targets))
-    return _of_rows(rows, *pulled), of_targets, None
+    rows, targets, counts, target_sum, stats = residuals
+    g_loss, g_log_normalizer = _axis.total_cotangent(rows.axis_name, tuple(cotangents[:2]))
+    costs = _costs(rows, targets, counts, stats, g_loss)
+    of_targets = _rows.targets_cotangent(rows, targets, costs)
+    # A row that is not finite is NaN, 0 times that too; but if it does not count, it is 0.
+    probe = stats.tail + target_sum
+    g_loss = jnp.where((g_loss == 0) & ~jnp.isfinite(probe), jnp.nan, g_loss)
+    factors = [_rows.only(counts, g, probe) for g in (g_loss, g_log_normalizer)]
+    operands = map(rows.expand, (*stats, target_sum, *factors))
+    return _backend.target_cotangent(rows, targets, *operands), of_targets, None
 
 
 _target_rule.defvjp(_target_fwd, _target_bwd)
-
-
-def _of_rows(rows: Rows, logits: Array, softcap: Array | None) -> Rows:
-    """Their cotangent; a mask has none."""
-    return dataclasses.replace(rows, logits=logits, where=None, some_kept=None, softcap=softcap)
 
 
 # Forward mode: the same maps, contracted with a tangent. Under `jax.checkpoint`, reverse mode over the
@@ -645,7 +450,7 @@ def _of_rows(rows: Rows, logits: Array, softcap: Array | None) -> Rows:
 
 
 @jax.custom_jvp
-def _label_rule_forward(rows: Rows, labels: Array, counts: Array | None) -> tuple[Array, Array]:
+def _label_rule_forward(rows: Rows, labels: Array, counts: Array | None) -> "_Out":
     return _label_fwd(rows, labels, counts)[0]
 
 
@@ -655,63 +460,62 @@ def _label_jvp(primals, tangents):
 
     @jax.checkpoint
     def tangent(residuals, rows_dot):
-        rows, labels, counts, gap, stats = residuals
-        z_dot = _rows.push(rows, rows_dot)
-        one, zero = jnp.ones_like(gap), jnp.zeros_like(gap)
-        tell = stats.tail[..., None]
+        rows, labels, counts, distance, stats = residuals
+        rows = _rows.read_again(rows)
+        z_dot = _rows.tangent_of(Rows.values, rows, rows_dot)
 
-        def cotangent(*g):
-            return _rows.only(counts, _rows.label_cotangent(rows, labels, gap, stats, *g), tell)
+        def dot(*g):
+            factors = [
+                _rows.only(counts, x, stats.tail) for x in _rows.label_factors(distance, stats, *g)
+            ]
+            operands = map(rows.expand, (labels, stats.max, *factors))
+            return jnp.sum(_rows.label_cotangent_of_values(rows, *operands) * z_dot, rows.axes)
 
-        dots = [jnp.sum(cotangent(*g) * z_dot, -1) for g in ((one, zero), (zero, one))]
-        return tuple(_axis.total(rows.axis_name, jnp.stack(dots)))
+        return _by_outputs(dot, rows, distance, out.kept)
 
     return out, tangent(residuals, tangents[0])
 
 
 @jax.custom_jvp
-def _target_rule_forward(rows: Rows, targets: Targets, counts: Array | None) -> tuple[Array, Array]:
+def _target_rule_forward(rows: Rows, targets: Targets, counts: Array | None) -> "_Out":
     return _target_fwd(rows, targets, counts)[0]
 
 
 @functools.partial(_target_rule_forward.defjvp, symbolic_zeros=True)
 def _target_jvp(primals, tangents):
     out, residuals = _target_fwd(*primals)
-    views = {"rows": (tangents[0], primals[0]), "targets": (tangents[1], primals[1])}
     # The cost of an absent class is infinite, and infinity times a tangent of 0 is NaN: leave out the
     # targets altogether where they are not differentiated.
-    moving = {name: _instantiate(*view) for name, view in views.items() if _moves(view[0])}
+    _, moving = _rows.moving_arguments(("rows", "targets"), primals[:2], tangents[:2])
 
     @jax.checkpoint
     def tangent(residuals, moving):
-        rows, targets, counts, mass, stats = residuals
-        one, zero = jnp.ones_like(mass), jnp.zeros_like(mass)
-        dots = []
-        for g in ((one, zero), (zero, one)):
-            dot = zero
+        rows, targets, counts, target_sum, stats = residuals
+        rows, targets = _rows.read_again(rows, targets)
+
+        def dot(*g):
+            sums = jnp.zeros_like(target_sum)
             if "rows" in moving:
-                of_rows = _rows.target_cotangent(rows, targets, mass, stats, *g)
-                of_rows = _rows.only(counts, of_rows, (stats.tail + mass)[..., None])
-                dot += jnp.sum(of_rows * _rows.push(rows, moving["rows"]), -1)
+                operands = map(rows.expand, (*stats, target_sum, *g))
+                of_values = _rows.target_cotangent_of_values(rows, targets, *operands)
+                probe = rows.expand(stats.tail + target_sum)
+                of_values = _rows.only(_expanded(rows, counts), of_values, probe)
+                z_dot = _rows.tangent_of(Rows.values, rows, moving["rows"])
+                sums += jnp.sum(of_values * z_dot, rows.axes)
             if "targets" in moving:
-                of_targets = _rows.cost_cotangent(rows, targets, stats, g[0])
-                of_targets = _rows.only(counts, of_targets, of_targets)
-                dot += jnp.sum(of_targets * _rows.push(targets, moving["targets"]), -1)
-            dots.append(dot)
-        return tuple(_axis.total(rows.axis_name, jnp.stack(dots)))
+                costs = _costs(rows, targets, counts, stats, g[0])
+                y_dot = _rows.tangent_of(lambda y: y.values(rows), targets, moving["targets"])
+                sums += jnp.sum(costs * y_dot, rows.axes)
+            return sums
+
+        return _by_outputs(dot, rows, target_sum, out.kept)
 
     return out, tangent(residuals, moving)
 
 
-def _moves(tangent) -> bool:
-    leaves = jax.tree.leaves(tangent, is_leaf=is_symbolic_zero)
-    return not all(map(is_symbolic_zero, leaves))
-
-
-def _instantiate(tangent, primal):
-    def zeros(x, like):
-        if not is_symbolic_zero(x):
-            return x
-        return _axis.vary(jnp.zeros(x.shape, x.dtype), _axis.varying(like))
-
-    return jax.tree.map(zeros, tangent, primal, is_leaf=is_symbolic_zero)
+def _by_outputs(dot, rows: Rows, like: Array, kept: list[Array]) -> "_Out":
+    """The tangents of both outputs; `dot(g_loss, g_log_normalizer)` contracts one pair of cotangents."""
+    one, zero = jnp.ones_like(like), jnp.zeros_like(like)
+    both = jnp.stack([dot(one, zero), dot(zero, one)])
+    loss, log_normalizer = _axis.total(rows.axis_name, both)
+    return _Out(loss, log_normalizer, [jnp.zeros_like(x) for x in kept])

@@ -1,6 +1,6 @@
-"""Storey 1: the statistics of a row of logits, and every derivative that follows from them.
+"""The mathematics: what is known of a row of logits, and every derivative that follows from it.
 
-A row is the set of logits of one example. All that a softmax cross-entropy needs to know of it is
+A row is the logits of one example. All that a softmax cross-entropy needs to know of it is
 
     max  = max_j z_j
     tail = sum_j e^{z_j - max} - 1        summed without the one: see below
@@ -11,37 +11,50 @@ for then `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
     log-normalizer  L = max + log1p(tail)
     softmax         o_j = e^{z_j - max} / S
 
-`(max, tail)` is a commutative monoid (`merge`), so rows may be read whole, in chunks of their classes,
-or on many devices, of which each holds some of the classes (`axis_name`; `whole` merges them).
+Shapes: every array here has the rank of the logits and broadcasts to them. `[N, V]` is the logits'
+shape with the classes on any axes, `[N, 1]` the same with 1 on the class axes. So nothing is
+transposed, and an axis that `jax.vmap` adds is one more in front of everything.
+
+One pass
+--------
+`(max, tail)` is a commutative monoid, and `merge` is a reduction operator: `lax.reduce` with it reads
+the logits once. What it carries is `(max, others)`: `others` is the sum of `e^{z_j - R}` over all
+classes but one at the maximum, relative to `R(max)`, the multiple of 4 below the maximum. Two
+references are equal or differ by 4 and more, and their difference is exact. So a merge either rescales
+nothing, or shrinks what it rescales by e^-4: the roundings of rescaling do not pile up, in whatever
+order the classes come.
+
+The same merge serves a row in one go, in chunks, and over many devices (`_split.py`).
 
 Accuracy
 --------
-`L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is the state that training
-strives for. Nothing here cancels:
+`L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is what training strives
+for. Nothing here cancels:
 
-* `tail` is a sum of positive terms. The one that belongs to the maximum is left out rather than added
-  and subtracted again, so a confident row, whose tail is 1e-20, keeps all digits of it.
-* With an integer label at distance `gap = z_y - max <= 0`, the loss is `log1p(tail) - gap`: two terms
-  that are not negative.
-* The label's gradient `o_y - 1 = -(S - e^gap) / S` takes the sum over the other classes as
-  `tail - expm1(gap)`, which again adds two terms that are not negative.
+* `tail` is a sum of positive terms. The one of the maximum is left out, not added and subtracted again,
+  so a confident row, whose tail is 1e-20, keeps all digits of it.
+* With an integer label at distance `d = z_y - max <= 0` the loss is `log1p(tail) - d`: two terms that
+  are not negative.
+* The label's gradient `o_y - 1 = -(S - e^d) / S` takes the sum over the other classes as `tail -
+  expm1(d)`, which again adds two terms that are not negative.
 
-Let u be the unit roundoff, 2^-24 in float32. Rounding a distance `z_j - max` moves its exponential by
-up to `|z_j - max| u`, relatively, far more than the exponential's own error of about 2u when the
-distance is long. In the tail that is avoided: the rounding error of the distance is computed and put
-back (`_exp_difference`), or distances are taken from the largest of the other logits. So the loss is
-within 16u, 1e-6 in float32, with sums that are pairwise or in blocks; of a distribution that is not
-one-hot, relative to `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. An element of the gradient
-carries the rounding of its own distance and some six roundings more: within `(6 + |z_j - max|) 2^-22`
-in float32 for one-hot targets, and for others relative to `o_j |sum(y)| + |y_j|`, for there the
-gradient itself has a zero between. Rounding a cotangent to 16 bits comes on top, once. `L` is within
-2^-22 of `max(1, |L|)`. Terms below the smallest normal number, 2^-126, may be lost altogether, and with
-a soft-cap the bounds hold for the capped logits as they are rounded.
+Let u be the unit roundoff, 2^-24 in float32. The loss is within 16u, 1e-6 in float32, with sums that
+are pairwise or in blocks; for a distribution that is not one-hot, relative to `sum_j |y_j| (max - z_j)
++ |sum(y)| log1p(tail)`. An element of the gradient carries the rounding of its own distance, `|z_j -
+max| u` relatively, and some six roundings more: within `(6 + |z_j - max|) 2^-22` in float32 for one-hot
+targets; for others relative to `o_j |sum(y)| + |y_j|`, for there the gradient has a zero in between.
+Rounding a cotangent to 16 bits comes on top, once. `L` is within 2^-22 of `max(1, |L|)`. Terms below
+the smallest normal number, 2^-126, may be lost, and with a soft-cap the bounds hold for the capped
+logits as they are rounded.
+
+Logits that the same program computes, `loss(x * t)`, may be fused into the loss: then XLA may leave out
+the rounding of `x * t` where the maximum is subtracted. `distances` takes the smaller of logit and
+maximum first, which keeps the label's distance exact; other classes are off by up to half a unit in the
+last place of the largest logit.
 
 References: the derivative is that of Bridle (1990), "Probabilistic interpretation of feedforward
 classification network outputs"; `merge` is the online normalizer of Milakov and Gimelshein (2018),
-arXiv:1805.02867, with the maximum's own term left out.
-"""
+arXiv:1805.02867, with the maximum's own term left out and references on a grid."""
 
 import dataclasses
 import functools
@@ -53,790 +66,518 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _axis, _kernels
+from . import _axis
 from ._axis import AxisName
-from ._kernels import Shared
-
-# On CPU, long rows are read in blocks of classes (`_statistics_in_blocks`). Widths from 128 to 8000 ran
-# equally fast, narrower ones a little slower; what is written is one number a block and then one block,
-# so both are kept small. That one block is a row of its own: of 16 bits it is cut again and again until
-# it is short, for the compiler would widen it; of others once, for every cut is compiled.
-_BLOCK_WIDTHS = range(16, 513)
-_LONG_ROW = 256
-_SHORT_16_BIT_ROW = 40
+from ._elementary import below, soft_cap, weigh
 
 
-class Statistics(NamedTuple):
-    """The sum of exponentials of each row: `(1 + tail) * exp(max)`."""
-
-    max: Array  # [N...], the largest logit
-    tail: Array  # [N...], sum of exp(logit - max) over all classes, less one
-    leads: Array | None = None  # bool, [N...], if the largest is on this device; None: it is
+def compute_dtype(dtype: Any) -> jnp.dtype:
+    """float32, or float64 for float64: 16-bit types are only for storage."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["logits", "where", "some_kept", "softcap"],
+    data_fields=["logits", "mask", "softcap", "first_class"],
     meta_fields=["axes", "axis_name"],
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Logits as the caller holds them, and how to read them: classes last, in float32 or wider.
+    """Logits as the caller holds them. Residuals keep this, and nothing of its size that was
+    computed."""
 
-    Residuals hold this, not what `read` returns, so nothing of that size outlives a pass. V is the
-    number of classes on this device, of all if they are not split.
-    """
-
-    logits: Array  # any floating type, classes on `axes`
-    where: Array | None  # bool, broadcasts to `logits` with the same rank
-    some_kept: (
+    logits: Array  # [N, V], any floating dtype
+    mask: Array | None  # bool, broadcasts to [N, V]: the classes to keep
+    softcap: Array | None  # [1, 1]
+    first_class: (
         Array | None
-    )  # bool, [N... or 1...], the rows of which `where` keeps a class, anywhere
-    softcap: Array | None  # scalar
-    axes: tuple[int, ...]
-    axis_name: AxisName = None  # over which the classes are split
+    )  # int32, [1, 1], of those on this device, if they are split over devices
+    axes: tuple[int, ...]  # the class axes, counted from the last: -1, ...
+    axis_name: AxisName = None  # the mesh axis over which the classes are split
 
     @property
     def num_classes(self) -> int:
         return math.prod(self.logits.shape[axis] for axis in self.axes)
 
-    def read(self) -> Array:
-        """The logits, [N..., V]; -inf where a class is masked, unless all of the row is."""
-        where = self._where()
-        if where is not None and self.some_kept is not None:
-            where |= ~self.some_kept[..., None]
-        return self.effective(_read_anew(classes_last(self.logits, self.axes)), where)
+    @property
+    def dtype(self) -> jnp.dtype:
+        return compute_dtype(self.logits.dtype)
 
-    def read_at(self, labels: Array) -> Array:
-        """The logit of one class in each row, [N...]; NaN where the label is negative."""
-        index = jnp.maximum(labels, 0)[..., None]
-        where = self._where()
-        if where is not None:
-            where = jnp.take_along_axis(where, index, axis=-1)
-        logits = jnp.take_along_axis(classes_last(self.logits, self.axes), index, axis=-1)
-        return jnp.where(labels < 0, jnp.nan, self.effective(logits, where)[..., 0])
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """[N, 1]."""
+        shape = list(self.logits.shape)
+        for axis in self.axes:
+            shape[axis] = 1
+        return tuple(shape)
 
-    def distances(self, stats: Statistics) -> Array:
-        """How far each logit lies below the largest, `z - max`, [N..., V]; 0 at the largest itself."""
-        leads = None if stats.leads is None else stats.leads[..., None]
-        return self._distance(Rows.read, stats.max[..., None], leads)
+    def expand(self, x: Array) -> Array:
+        """[N...] as [N, 1]."""
+        return jnp.expand_dims(x, self.axes)
 
-    def distance_at(self, labels: Array, stats: Statistics) -> Array:
-        """The same for one class in each row, [N...]; NaN where the label is negative, and 0 where the
-        class is on another device."""
-        index = self.place(labels)
-        if self.axis_name is None:
-            return self._distance(lambda rows: rows.read_at(index), stats.max, None)
-        is_here = (index >= 0) & (index < self.num_classes)
-        index = jnp.where(is_here, index, 0)
-        distance = self._distance(lambda rows: rows.read_at(index), stats.max, stats.leads)
-        return jnp.where(labels < 0, jnp.nan, jnp.where(is_here, distance, 0))
+    def classes(self) -> Array:
+        """The class ids, int32, [1, V]."""
+        ids, stride = jnp.int32(0), 1
+        for axis in reversed(self.axes):
+            shape = [1] * self.logits.ndim
+            shape[axis] = self.logits.shape[axis]
+            ids += lax.broadcasted_iota(jnp.int32, shape, axis % self.logits.ndim) * stride
+            stride *= shape[axis]
+        return ids if self.first_class is None else ids + self.first_class
 
-    def place(self, labels: Array) -> Array:
-        """Class ids as places among the classes on this device, outside [0, V) for those on others."""
-        return labels - _axis.offset(self.axis_name, self.num_classes)
+    def places(self, labels: Array) -> Array:
+        """Class ids as places among the classes on this device."""
+        return labels if self.first_class is None else labels - self.first_class
 
-    def _distance(
-        self, read: Callable[["Rows"], Array], highest: Array, leads: Array | None
-    ) -> Array:
-        distance = read(self) - highest
-        if self.softcap is None:
-            return distance
-        # A compiler may round a soft-capped logit one way here and another way where the largest was
-        # found. The logits before the cap tell which one it was.
-        uncapped = dataclasses.replace(self, softcap=None)
-        top = jnp.max(uncapped.read(), axis=-1).reshape(highest.shape)
-        is_top = read(uncapped) == top
-        if leads is not None:
-            is_top &= leads
-        rounded = jnp.where(jnp.isneginf(distance), 0, distance)  # there is nothing to correct
-        exact = jnp.where(is_top, 0, jnp.minimum(rounded, 0))
-        return distance + lax.stop_gradient(exact - rounded)
+    def values(self) -> Array:
+        """The logits that the loss is of, [N, V]: widened, capped, and -inf where masked."""
+        return self.masked(self.capped(self.masked(self.logits.astype(self.dtype), 0)))
 
-    def _where(self) -> Array | None:
-        if self.where is None:
-            return None
-        return classes_last(jnp.broadcast_to(self.where, self.logits.shape), self.axes)
+    def uncapped(self, x: Array) -> Array:
+        """Of some logits: widened, and what a soft-cap is applied to. -inf is left for what is not
+        there."""
+        x = x.astype(self.dtype)
+        return x if self.softcap is None else jnp.maximum(x, jnp.finfo(x.dtype).min)
 
-    def effective(self, logits: Array, where: Array | None = None) -> Array:
-        """Logits of some classes, classes last: widened, capped and masked."""
-        logits = logits.astype(compute_dtype(logits.dtype))
-        if where is not None:
-            # What a masked class holds must not reach the derivative of what follows.
-            logits = jnp.where(where, logits, 0)
-        if self.softcap is not None:
-            logits = _soft_cap(logits, self.softcap.astype(logits.dtype))
-        if where is not None:
-            logits = jnp.where(where, logits, -jnp.inf)
-        return logits
+    def masked(self, x: Array, fill: float = -jnp.inf) -> Array:
+        # A masked logit may be NaN, whose derivative must not be reached: it is 0 before the cap.
+        return x if self.mask is None else jnp.where(self.mask, x, fill)
+
+    def capped(self, x: Array) -> Array:
+        return x if self.softcap is None else soft_cap(x, self.softcap.astype(x.dtype))
+
+    def at(self, labels: Array) -> Array:
+        """One logit of each row, [N, 1], not capped, and -inf where masked; anything if it is not
+        here."""
+        places = jnp.broadcast_to(self.places(labels), self.row_shape)
+        places = jnp.clip(places, 0, self.num_classes - 1)
+        picked = self.uncapped(self._pick(self.logits, places))
+        if self.mask is None:
+            return picked
+        mask = jnp.broadcast_to(self.mask, self.logits.shape)
+        return jnp.where(self._pick(mask, places), picked, -jnp.inf)
+
+    def _pick(self, x: Array, places: Array) -> Array:
+        if len(self.axes) == 1:
+            return jnp.take_along_axis(x, places, self.axes[0], mode="promise_in_bounds")
+        index: dict[int, Array] = {}
+        for axis in reversed(self.axes):
+            places, index[axis] = jnp.divmod(places, jnp.int32(x.shape[axis]))
+        for axis in set(range(-x.ndim, 0)) - set(self.axes):
+            index[axis] = lax.broadcasted_iota(jnp.int32, self.row_shape, axis % x.ndim)
+        return x.at[tuple(index[a] for a in range(-x.ndim, 0))].get(mode="promise_in_bounds")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["labels", "where", "share", "smoothing", "class_weights"],
-    meta_fields=["axes", "num_classes", "dtype", "axis_name"],
+    data_fields=["labels", "label_smoothing", "uniform", "class_weights"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Labels as the caller holds them, and how to read them as distributions, with classes last.
+    """Labels as distributions: `w_c ((1 - e) y_c + e / V)`."""
 
-    The labels have the shape of the logits, with the classes on `axes`; or they are integers, [N...],
-    with -1 for a bad one, and `axes` is None.
-    """
+    labels: (
+        Array  # [N, V], floats (or integers and bools of one-hot rows); or class ids, int32, [N, 1]
+    )
+    label_smoothing: Array | None  # e, [1, 1]
+    uniform: Array  # [N, 1] or [1, 1], one over the number of classes in the row, on all devices
+    class_weights: Array | None  # [1, V]
 
-    labels: Array
-    where: Array | None  # bool, [N... or 1..., V]
-    share: (
-        Array | None
-    )  # [N... or 1...], one over the number of classes in the row, on all devices;
-    # None: the same in all rows
-    smoothing: Array | None  # scalar
-    class_weights: Array | None  # [V]
-    axes: tuple[int, ...] | None
-    num_classes: int
-    dtype: jnp.dtype
-    axis_name: AxisName = None  # over which the classes are split
-
-    def read(self) -> Array:
-        """`w_c ((1 - e) y_c + e / V)`, [N..., V]. A distribution has no mass on a masked class."""
-        if self.axes is None:
-            place = self.labels - _axis.offset(self.axis_name, self.num_classes)
-            targets = one_hot(place, self.num_classes).astype(self.dtype)
-            targets = jnp.where(self.labels[..., None] < 0, jnp.nan, targets)
+    def values(self, rows: Rows) -> Array:
+        """[N, V]. Targets on masked classes are 0; a class id of -1 makes its row NaN."""
+        if self.has_ids(rows):
+            hot = rows.classes() == self.labels
+            targets = jnp.where(self.labels < 0, jnp.nan, hot.astype(rows.dtype))
         else:
-            targets = _read_anew(classes_last(self.labels, self.axes)).astype(self.dtype)
-            if self.where is not None:
-                targets = jnp.where(self.where, targets, 0)
-        if self.smoothing is not None:
-            targets = (1 - self.smoothing) * targets + self.smoothing * self._uniform(targets.ndim)
-        if self.class_weights is not None:
-            targets = _weigh(targets, along_classes(self.class_weights, targets.ndim))
-        return targets
+            targets = rows.masked(self.labels.astype(rows.dtype), 0)
+        if self.label_smoothing is not None:
+            uniform = rows.masked(self.uniform, 0)
+            targets = (1 - self.label_smoothing) * targets + self.label_smoothing * uniform
+        return targets if self.class_weights is None else weigh(targets, self.class_weights)
 
-    def _uniform(self, ndim: int) -> Array:
-        uniform = self.uniform_share.reshape(*self.uniform_share.shape or (1,) * (ndim - 1), 1)
-        return uniform if self.where is None else jnp.where(self.where, uniform, 0)
-
-    @property
-    def uniform_share(self) -> Array:
-        """One over the number of classes, [N... or 1...], or a scalar."""
-        if self.share is not None:
-            return self.share
-        return jnp.asarray(1 / (self.num_classes * _axis.size(self.axis_name)), self.dtype)
+    def has_ids(self, rows: Rows) -> bool:
+        return jnp.issubdtype(self.labels.dtype, jnp.integer) and all(
+            self.labels.shape[axis] == 1 for axis in rows.axes
+        )
 
 
-def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
-    """Move the class axes to the end and make them one."""
-    if axes == (x.ndim - 1,):
-        return x
-    batch = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    num_classes = math.prod(x.shape[axis] for axis in axes)
-    return x.transpose(batch + axes).reshape(*(x.shape[axis] for axis in batch), num_classes)
+class Statistics(NamedTuple):
+    """The sum of the exponentials of each row is `(1 + tail) e^max`; both [N, 1]."""
+
+    max: Array
+    tail: Array
 
 
-def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32, or float64 for float64: 16-bit types are only for storage."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+# -- the reduction ------------------------------------------------------------------------------------
 
 
-def along_classes(x: Array, ndim: int) -> Array:
-    """A vector [V] as an array of rank `ndim`, with the classes last."""
-    return x.reshape((1,) * (ndim - 1) + (-1,))
+def reference(x: Array) -> Array:
+    """The multiple of 4 below `x`, at least the lowest finite number."""
+    return 4 * jnp.floor(jnp.maximum(x, jnp.finfo(x.dtype).min) * 0.25)
 
 
-def one_hot(labels: Array, num_classes: int) -> Array:
-    """Bools, [N..., V]."""
-    classes = jnp.arange(num_classes, dtype=labels.dtype)
-    return labels[..., None] == along_classes(classes, labels.ndim + 1)
+def merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`(max, others)` of the union of two sets of classes; `(-inf, 0)` is the empty set."""
+    (max_a, others_a), (max_b, others_b) = a, b
+    high, low = jnp.maximum(max_a, max_b), jnp.minimum(max_a, max_b)
+    a_leads = max_a >= max_b
+    of_high, of_low = (
+        jnp.where(a_leads, others_a, others_b),
+        jnp.where(a_leads, others_b, others_a),
+    )
+    of_low += jnp.exp(low - reference(low))  # the lower maximum joins the others
+    return high, of_high + of_low * jnp.exp(reference(low) - reference(high))
 
 
-# -- statistics ---------------------------------------------------------------------------------------
+def _merge_labels(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`merge`, and the largest of further numbers."""
+    return *merge(a[:2], b[:2]), *map(jnp.maximum, a[2:], b[2:])
 
 
-@jax.custom_jvp
-def statistics(rows: Rows) -> Statistics:
-    """The largest logit and the tail of every row, [N...] each, of the classes on this device."""
-    if _kernels.serve(rows.logits, rows.softcap):
-        on_cpu = _statistics_by_kernel
-        return lax.platform_dependent(rows, cpu=on_cpu, default=_statistics_at_once)
-    return _statistics_in_plain_jax(rows)
+def _merge_targets(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`merge`; the sums of `y` and of `y (z - max)`, rebased when the maximum moves; and the largest of
+    further numbers."""
+    (max_a, _, sum_a, dot_a, *more_a), (max_b, _, sum_b, dot_b, *more_b) = a, b
+    high, others = merge(a[:2], b[:2])
+    low, sum_low = jnp.minimum(max_a, max_b), jnp.where(max_a < max_b, sum_a, sum_b)
+    # An absent class (-inf) whose target is 0 adds nothing, and -inf is not below -inf.
+    moved = jnp.where((sum_low == 0) | (low == high), 0, sum_low * (low - high))
+    more = map(jnp.maximum, more_a, more_b)
+    return high, others, sum_a + sum_b, dot_a + dot_b + moved, *more
 
 
-def _statistics_in_plain_jax(rows: Rows) -> Statistics:
-    if rows.num_classes < _LONG_ROW or rows.where is not None:
-        return _statistics_at_once(rows)
-    return lax.platform_dependent(rows, cpu=_statistics_in_blocks, default=_statistics_at_once)
+def _reduce(rows: Rows, combiner: Callable, *further: tuple[Array, float]) -> list[Array]:
+    """`(max, tail)`, what the combiner makes of `further`, and with a mask whether it keeps a class,
+    [N, 1] each, in one pass. `further` are more operands, each with its neutral element."""
+    z = rows.values()
+    kept = (
+        () if rows.mask is None else ((jnp.broadcast_to(rows.mask, z.shape).astype(z.dtype), 0.0),)
+    )
+    operands = ((z, -jnp.inf), (jnp.zeros_like(z), 0.0), *further, *kept)
+    neutral = tuple(z.dtype.type(x) for _, x in operands)
+    axes = sorted(axis % z.ndim for axis in rows.axes)
+    out = lax.reduce(tuple(x for x, _ in operands), neutral, combiner, axes)
+    highest, others, *rest = (jnp.expand_dims(x, axes) for x in out)
+    tail = others * jnp.exp(reference(highest) - highest)
+    return [highest, tail + (highest - highest), *rest]  # NaN if the maximum is infinite
 
 
-@statistics.defjvp
-def _statistics_jvp(primals, tangents):
+def is_minor(rows: Rows) -> bool:
+    """Do the classes lie on the last axes, in order?"""
+    return rows.axes == tuple(range(-len(rows.axes), 0))
+
+
+# -- the row operations: integer labels ---------------------------------------------------------------
+# A backend may compute these instead. Labels are class ids, int32, [N, 1]. With a mask, the statistics
+# end with one more number: 1.0 for rows of which it keeps a class, else 0.0.
+
+
+def with_tangents(tangents: Callable) -> Callable[[Callable], Callable]:
+    """Give a function that returns statistics its derivative, `tangents(out, primals, dots)`."""
+
+    def decorate(function):
+        @jax.custom_jvp
+        def statistics(*args):
+            return function(*args)
+
+        @functools.partial(statistics.defjvp, symbolic_zeros=True)
+        def jvp(primals, dots):
+            out = statistics(*primals)
+            return out, tangents(out, primals, dots)
+
+        return functools.wraps(function)(statistics)
+
+    return decorate
+
+
+def label_tangents(out: tuple[Array, ...], primals: tuple, dots: tuple) -> tuple[Array, ...]:
+    """The tangents of `label_statistics`."""
+    (rows, labels), (_, moving) = primals, moving_arguments(("rows",), primals[:1], dots[:1])
     # All that is made of the statistics would be the same for any other constant in place of `max`, so
     # `max` is held constant, and the tail moves with every logit, the largest included.
-    (rows,), (rows_dot,) = primals, tangents
-    stats = statistics(rows)
-    _, z_dot = jax.jvp(Rows.read, (rows,), (rows_dot,))
-    exponentials = jnp.exp(rows.distances(stats))
-    if rows.axis_name is not None:  # classes that are all absent are not all of the row
-        exponentials = jnp.where(jnp.isneginf(stats.max)[..., None], 0, exponentials)
-    tail_dot = jnp.sum(exponentials * z_dot, axis=-1)
-    return stats, Statistics(jnp.zeros_like(stats.max), tail_dot)
+    zero, tail, at_label = (jnp.zeros_like(x) for x in out[:3])
+    if moving:
+        z_dot, tail = _tail_tangent(rows, moving["rows"], out[0])
+        at_label = sum_classes(rows, jnp.where(rows.classes() == labels, z_dot, 0))
+    return zero, tail, at_label, *map(jnp.zeros_like, out[3:])
 
 
-def _statistics_at_once(rows: Rows) -> Statistics:
-    z = rows.read()
-    highest = jnp.max(z, axis=-1)
-    # One entry at the maximum is left out by its place: ties count, and nothing hangs on an equality.
-    is_first = one_hot(jnp.argmax(z, axis=-1), z.shape[-1])
-    others = jnp.where(is_first, 0, _exp_difference(z, highest[..., None]))
-    return Statistics(highest, jnp.sum(others, axis=-1) + (highest - highest))  # NaN if infinite
+def _tail_tangent(rows: Rows, rows_dot: Rows, highest: Array) -> tuple[Array, Array]:
+    """The tangents of the values, [N, V], and of the tail."""
+    z_dot = tangent_of(Rows.values, rows, rows_dot)
+    # Of a row split over devices, the classes here may all be absent.
+    exponentials = jnp.where(jnp.isneginf(highest), 0, jnp.exp(distances(rows, highest)))
+    return z_dot, sum_classes(rows, exponentials * z_dot)
 
 
-def _exp_difference(a: Array, b: Array) -> Array:
-    """`exp(a - b)`, without the error of rounding `a - b`, which grows with the difference."""
-    difference = a - b
-    finite = jnp.isfinite(difference)
-    a, b, rounded = (jnp.where(finite, x, 0) for x in (a, b, difference))
-    shift = rounded - a
-    error = (a - (rounded - shift)) - (b + shift)  # exact: Knuth's two-sum
-    return jnp.exp(difference) * (1 + error)
+@with_tangents(label_tangents)
+def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
+    """The maximum, the tail, and the logit at the label, [N, 1] each. Where the label is none of the
+    classes, the last is anything."""
+    if not is_minor(rows):
+        # XLA for GPU fuses at most two operands into a reduction over an axis that is not the last.
+        highest, tail = _reduce(rows, _merge_labels)[:2]
+        return highest, tail, capped_at(rows, rows.at(labels), highest, None), *keeps_class(rows)
+    # Not capped, so that XLA need not compute the cap for two readers, or write it to memory.
+    z = rows.masked(rows.uncapped(rows.logits))
+    hot = (jnp.where(rows.classes() == labels, z, -jnp.inf), -jnp.inf)
+    top = () if rows.softcap is None else ((z, -jnp.inf),)
+    highest, tail, at_label, *more = _reduce(rows, _merge_labels, hot, *top)
+    uncapped = more.pop(0) if top else None
+    return highest, tail, capped_at(rows, at_label, highest, uncapped), *more
 
 
-def _statistics_in_blocks(rows: Rows) -> Statistics:
-    """The same for long rows on CPU. XLA's compiler for it fuses a sum of exponentials with its reading
-    only if nothing but arithmetic lies between (with a `select` or a comparison it writes an N x V
-    array), and runs it at full rate only if the summed axis is short. So the row is cut into blocks that
-    are summed whole, all but the one that holds the maximum, which is taken as a row of its own. The
-    sums are relative to the maximum of the other blocks: short distances round little."""
-
-    def part(logits: Array) -> Statistics:
-        return _statistics_in_blocks(Rows(logits, None, None, rows.softcap, (logits.ndim - 1,)))
-
-    num_classes = rows.num_classes
-    is_16_bit = rows.logits.dtype.itemsize == 2
-    if num_classes <= (_SHORT_16_BIT_ROW if is_16_bit else _LONG_ROW):
-        return _statistics_at_once(rows)
-    best = min(max(num_classes // 160, 50), 240)
-    divisors = [w for w in _BLOCK_WIDTHS if num_classes % w == 0 and w < num_classes]
-    width = min(divisors, key=lambda w: abs(w - best), default=min(best, num_classes // 2))
-    logits = classes_last(rows.logits, rows.axes)
-    whole = num_classes - num_classes % width
-    if whole < num_classes:
-        stats = merge(*(_or_empty(part(x)) for x in (logits[..., :whole], logits[..., whole:])))
-        return stats._replace(tail=stats.tail + (stats.max - stats.max))  # NaN if infinite
-
-    blocks = logits.reshape(*logits.shape[:-1], num_classes // width, width)
-    # Of the logits as they are stored, for to widen them here would be a second reader; a soft-cap keeps
-    # their order. The barrier keeps XLA from taking the maximum of maxima by reading all the row again.
-    maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))
-    home = jnp.argmax(maxima, axis=-1)
-    elsewhere = ~one_hot(home, maxima.shape[-1])
-    highest = rows.effective(jnp.max(maxima, axis=-1))
-    second = rows.effective(jnp.max(jnp.where(elsewhere, maxima, -jnp.inf), axis=-1))
-    second = jnp.where(jnp.isneginf(second), highest, second)
-    # Each step bound to the last: the memory of one is free in the next, and the blocks are read anew.
-    blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))
-    tail = part(lax.optimization_barrier(_take_block(blocks, home))).tail
-    blocks, home, second, tail = lax.optimization_barrier((blocks, home, second, tail))
-    sums = jnp.sum(jnp.exp(rows.effective(blocks) - second[..., None, None]), axis=-1)
-    others = jnp.sum(jnp.where(one_hot(home, sums.shape[-1]), 0, sums), axis=-1)
-    return Statistics(highest, tail + others * _exp_difference(second, highest))
-
-
-def _take_block(blocks: Array, index: Array) -> Array:
-    """One block of each row, [N..., width]."""
-    bits, index = to_bits(blocks), index[..., None, None]
-    block = jnp.take_along_axis(bits, index, -2, mode="promise_in_bounds")[..., 0, :]
-    return from_bits(block, blocks.dtype)
-
-
-def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of the union of two sets of classes. `(-inf, -1)` is the empty set."""
-    highest = jnp.maximum(a.max, b.max)
-    lower = jnp.minimum(a.max, b.max)
-    a_leads = a.max >= b.max
-    leader, follower = jnp.where(a_leads, a.tail, b.tail), jnp.where(a_leads, b.tail, a.tail)
-    # Two empty sets: -inf less -inf would be NaN.
-    scale = jnp.where(jnp.isneginf(lower), 0, _exp_difference(lower, highest))
-    return Statistics(highest, leader + (1 + follower) * scale)
-
-
-def _or_empty(stats: Statistics) -> Statistics:
-    """As a part of a row, classes that are all absent (-inf) are none."""
-    return Statistics(stats.max, jnp.where(jnp.isneginf(stats.max), -1, stats.tail))
-
-
-Sums = tuple[Array, ...]
-
-
-def whole(
-    rows: Rows,
-    sums: Callable[[Statistics], Sums],
-    statistics: Callable[[Rows], Statistics] = statistics,
-) -> tuple[Statistics, Sums]:
-    """The statistics of whole rows, wherever their classes are, and the sums over the classes, [N...]
-    each, of which `sums` gives those of this device: it is told the largest logit.
-
-    All of it crosses the devices in a maximum and a sum.
-    """
-    stats = statistics(rows)
-    if rows.axis_name is None:
-        return stats, sums(stats)
-    part = _or_empty(stats)
-    highest = _axis.largest(rows.axis_name, part.max)
-    leads = part.max == highest
-    scale = _exp_difference(part.max, highest)
-    tail = jnp.where(leads, part.tail, (1 + part.tail) * scale)
-    here = sums(Statistics(highest, part.tail, leads))
-    tail, leaders, *totals = _axis.total(
-        rows.axis_name, jnp.stack([tail, leads.astype(tail.dtype), *here])
-    )
-    # The one is left out of the first leader alone. NaN if the maximum is infinite.
-    return Statistics(highest, tail + (leaders - 1) + (highest - highest), leads), tuple(totals)
-
-
-def log_normalizer(stats: Statistics) -> Array:
-    """`log sum_j e^{z_j}`, [N...]."""
-    return stats.max + jnp.log1p(stats.tail)
-
-
-# -- integer labels -----------------------------------------------------------------------------------
-
-
-@_kernels.or_by_kernel(
-    lambda: _label_statistics_by_kernel,
-    when=lambda rows, labels: rows.axis_name is None and _kernels.serve(rows.logits, rows.softcap),
-)
-def label_statistics(rows: Rows, labels: Array) -> tuple[Statistics, Array]:
-    """The statistics of whole rows, and how far the label's logit lies below the largest,
-    `gap = z_y - max`, [N...]."""
-    stats, (gap,) = whole(rows, lambda stats: (rows.distance_at(labels, stats),))
-    return stats, gap
-
-
-def label_loss(gap: Array, stats: Statistics) -> Array:
-    """`-log o_y` from the label's distance to the largest logit. All [N...]."""
-    return jnp.log1p(stats.tail) - gap
+def capped_at(rows: Rows, at_label: Array, highest: Array, uncapped: Array | None) -> Array:
+    """The label's logit, never above the maximum, and equal to it if it is so before the soft-cap:
+    a compiler may round the cap one way here and another way there."""
+    capped = at_label
+    if rows.softcap is not None:
+        capped = jnp.where(jnp.isneginf(at_label), -jnp.inf, rows.capped(at_label))
+    capped = jnp.minimum(capped, highest)
+    return capped if uncapped is None else jnp.where(at_label == uncapped, highest, capped)
 
 
 def label_cotangent(
-    rows: Rows, labels: Array, gap: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
+    rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array
+) -> "Cotangent":
+    """`at_label` at the label and `elsewhere * e^{z - max}` elsewhere, as the cotangent of `rows`. Two
+    zeros make the row 0, whatever its logits hold."""
+    rows = read_again(rows)
+    return cotangent_of(rows, label_cotangent_of_values(rows, labels, highest, at_label, elsewhere))
+
+
+def label_cotangent_of_values(
+    rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array
 ) -> Array:
-    """`g_loss (o - y) + g_log_normalizer o` for one-hot y, [N..., V]."""
-    at_label, elsewhere = _label_factors(gap, stats, g_loss, g_log_normalizer)
-    exponentials = jnp.exp(rows.distances(stats))
-    hot = one_hot(rows.place(labels), rows.num_classes)
-    return jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
+    """The same of `rows.values()`, [N, V]."""
+    exponentials = jnp.exp(rows.values() - highest)
+    is_lost = (elsewhere == 0) & ~jnp.isfinite(highest)  # then `at_label` is 0, too
+    return jnp.where((rows.classes() == labels) | is_lost, at_label, elsewhere * exponentials)
 
 
-def _label_factors(
-    gap: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
-) -> tuple[Array, Array]:
-    """The cotangent at the label, and that elsewhere over e^{z - max}. All [N...]."""
-    others = stats.tail - jnp.expm1(gap)
-    normalizer = others + jnp.exp(gap)  # and NaN for all of the row if the label is bad
-    at_label = (g_log_normalizer * jnp.exp(gap) - g_loss * others) / normalizer
-    return at_label, (g_loss + g_log_normalizer) / normalizer
+# -- the row operations: distributions ----------------------------------------------------------------
 
 
-@_kernels.or_by_kernel(
-    lambda: _pull_label_by_kernel,
-    when=lambda rows, *_: _kernels.serve(rows.logits, rows.softcap),
-)
-def pull_label(
-    rows: Rows,
-    labels: Array,
-    counts: Array | None,
-    gap: Array,
-    stats: Statistics,
-    g_loss: Array,
-    g_log_normalizer: Array,
-) -> tuple[Array, Array | None]:
-    """`label_cotangent` carried to the logits, as they are laid out, and to the soft-cap; nothing of the
-    rows outside `counts`."""
-    cotangent = label_cotangent(rows, labels, gap, stats, g_loss, g_log_normalizer)
-    return _pull_rows(rows, only(counts, cotangent, stats.tail[..., None]))
+def target_tangents(out: tuple[Array, ...], primals: tuple, dots: tuple) -> tuple[Array, ...]:
+    """The tangents of `target_statistics`."""
+    highest, names = out[0], ("rows", "targets")
+    at, moving = moving_arguments(names, primals, dots)
+
+    def sums(moved):
+        rows, targets = (moved.get(name, x) for name, x in zip(names, primals, strict=True))
+        return target_sums(rows, targets, highest)
+
+    _, sums_dot = jax.jvp(sums, (at,), (moving,))
+    zero = tail = jnp.zeros_like(highest)
+    if "rows" in moving:
+        _, tail = _tail_tangent(primals[0], moving["rows"], highest)
+    return zero, tail, *sums_dot, *map(jnp.zeros_like, out[4:])
 
 
-# -- distributions as labels --------------------------------------------------------------------------
+@with_tangents(target_tangents)
+def target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
+    """The maximum, the tail, and the sums of `y` and of `y (z - max)`, [N, 1] each."""
+    if not is_minor(rows):
+        highest, tail = _reduce(rows, _merge_labels)[:2]
+        return highest, tail, *target_sums(rows, targets, highest), *keeps_class(rows)
+    y = jnp.broadcast_to(targets.values(rows), rows.logits.shape)
+    return tuple(_reduce(rows, _merge_targets, (y, 0.0), (jnp.zeros_like(y), 0.0)))
 
 
-@_kernels.or_by_kernel(
-    lambda: _target_statistics_by_kernel,
-    when=lambda rows, targets: rows.axis_name is None and _serve_targets(rows, targets),
-)
-def target_statistics(rows: Rows, targets: Targets) -> tuple[Statistics, Array, Array]:
-    """The statistics of whole rows, and the sums over the classes of the targets and of the targets
-    times the distances, [N...] each."""
-    stats, (mass, moment) = whole(rows, functools.partial(_target_sums, rows, targets))
-    return stats, mass, moment
-
-
-def _target_sums(rows: Rows, targets: Targets, stats: Statistics) -> Sums:
-    y = targets.read()
-    distance = rows.distances(stats)
-    # A class that is absent (-inf) and has no mass adds nothing.
-    distance = jnp.where((y == 0) & jnp.isneginf(distance), 0, distance)
-    return jnp.sum(y, axis=-1), jnp.sum(y * distance, axis=-1)
-
-
-def target_loss(mass: Array, moment: Array, stats: Statistics) -> Array:
-    """`-sum_j y_j log o_j` from those sums, [N...]."""
-    return mass * jnp.log1p(stats.tail) - moment
+def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Array]:
+    """The last two, given the maximum."""
+    y, z = jnp.broadcast_to(targets.values(rows), rows.logits.shape), rows.values()
+    # An absent class (-inf) whose target is 0 adds nothing, and -inf is not below -inf.
+    is_nothing = jnp.isneginf(z) & ((y == 0) | jnp.isneginf(highest))
+    distance = jnp.where(is_nothing, 0, below(z, highest))
+    return sum_classes(rows, y), sum_classes(rows, y * distance)
 
 
 def target_cotangent(
     rows: Rows,
     targets: Targets,
-    mass: Array,
-    stats: Statistics,
+    highest: Array,
+    tail: Array,
+    target_sum: Array,
+    g_loss: Array,
+    g_log_normalizer: Array,
+) -> "Cotangent":
+    """`g_loss (o sum(y) - y) + g_log_normalizer o`, as the cotangent of `rows`. Where both factors are
+    0 the row is 0, whatever its logits hold."""
+    rows, targets = read_again(rows, targets)
+    of_values = target_cotangent_of_values(
+        rows, targets, highest, tail, target_sum, g_loss, g_log_normalizer
+    )
+    is_lost = (g_loss == 0) & (g_log_normalizer == 0) & ~jnp.isfinite(tail + target_sum)
+    return cotangent_of(rows, jnp.where(is_lost, 0, of_values))
+
+
+def target_cotangent_of_values(
+    rows: Rows,
+    targets: Targets,
+    highest: Array,
+    tail: Array,
+    target_sum: Array,
     g_loss: Array,
     g_log_normalizer: Array,
 ) -> Array:
-    """`g_loss (o sum(y) - y) + g_log_normalizer o`, [N..., V]."""
-    y = targets.read()
-    mass, normalizer, tail, g_loss, g_log_normalizer = (
-        x[..., None] for x in (mass, 1 + stats.tail, stats.tail, g_loss, g_log_normalizer)
-    )
-    distance = rows.distances(stats)
+    """The same of `rows.values()`, [N, V]."""
+    y, distance, normalizer = targets.values(rows), rows.values() - highest, 1 + tail
     exponentials = jnp.exp(distance)
-    # At the maximum o_j sum(y) - y_j = ((sum(y) - y_j) - y_j tail) / S. The expm1 is 0 there and makes
-    # the expression right in a neighbourhood too, for second derivatives.
-    at_max = ((mass - y) + mass * jnp.expm1(distance) - y * tail) / normalizer
-    below = mass * exponentials / normalizer - y
-    return (
-        g_loss * jnp.where(distance == 0, at_max, below)
-        + g_log_normalizer * exponentials / normalizer
-    )
+    # o_j sum(y) - y_j = ((sum(y) - y_j) + sum(y) (e^d - 1) - y_j tail) / S does not cancel near the
+    # maximum.
+    near = ((target_sum - y) + target_sum * (exponentials - 1) - y * tail) / normalizer
+    far = target_sum * exponentials / normalizer - y
+    of_loss = g_loss * jnp.where(distance > -(2.0**-6), near, far)
+    return of_loss + g_log_normalizer * exponentials / normalizer
 
 
-def cost_cotangent(rows: Rows, targets: Targets, stats: Statistics, g_loss: Array) -> Array:
-    """`g_loss (-log o)`, of the targets, [N..., V]."""
-    distance, g_loss = rows.distances(stats), g_loss[..., None]
+def target_costs(rows: Rows, targets: Targets, highest: Array, tail: Array, g_loss: Array) -> Array:
+    """`g_loss (-log o)`, the cotangent of `targets.values(rows)`, [N, V]."""
+    cost = jnp.log1p(tail) - distances(rows, highest)
     # An absent class is infinitely dear, and 0 times that is NaN.
-    cost = jnp.log1p(stats.tail[..., None]) - distance
     unused = (g_loss == 0) & ~jnp.isfinite(cost)
-    if targets.where is not None:
-        unused |= ~targets.where
+    if rows.mask is not None:
+        unused |= ~rows.mask
     return g_loss * jnp.where(unused, 0, cost)
 
 
-@_kernels.or_by_kernel(
-    lambda: _pull_target_by_kernel, when=lambda rows, targets, *_: _serve_targets(rows, targets)
-)
-def pull_target(
-    rows: Rows,
-    targets: Targets,
-    counts: Array | None,
-    mass: Array,
-    stats: Statistics,
-    g_loss: Array,
-    g_log_normalizer: Array,
-) -> tuple[Array, Array | None]:
-    """`target_cotangent` carried to the logits and the soft-cap, as `pull_label` does."""
-    cotangent = target_cotangent(rows, targets, mass, stats, g_loss, g_log_normalizer)
-    return _pull_rows(rows, only(counts, cotangent, (stats.tail + mass)[..., None]))
+# -- from the statistics to the loss ------------------------------------------------------------------
+# All [N, 1].
 
 
-# -- from what is read to what is held ----------------------------------------------------------------
+def log_normalizer(stats: Statistics) -> Array:
+    """`log sum_j e^{z_j}`."""
+    return stats.max + jnp.log1p(stats.tail)
 
 
-def only(counts: Array | None, cotangent: Array, tell: Array) -> Array:
-    """Exactly 0 in the rows outside `counts`. What is finite there is 0 by its factor, and keeps its own
-    derivative by that factor, a weight of 0; what is not would give NaN, and `tell`, [N..., 1 or V], is
-    not finite there."""
-    if counts is None:
-        return cotangent
-    return jnp.where(counts[..., None] | jnp.isfinite(tell), cotangent, 0)
+def label_loss(label_distance: Array, stats: Statistics) -> Array:
+    """`-log o_y`, from the label's distance `z_y - max`."""
+    return jnp.log1p(stats.tail) - label_distance
 
 
-def pull(view: Any, cotangent: Array) -> Any:
-    """The cotangent of what `view.read()` reads, in that view's own types and layout."""
-    out, pull = jax.vjp(type(view).read, view)
+def label_factors(
+    label_distance: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
+) -> tuple[Array, Array]:
+    """The two numbers of `label_cotangent`: `g_loss (o - y) + g_log_normalizer o` for one-hot y."""
+    others = stats.tail - jnp.expm1(label_distance)
+    normalizer = others + jnp.exp(label_distance)  # NaN for all of the row if the label is bad
+    at_label = (g_log_normalizer * jnp.exp(label_distance) - g_loss * others) / normalizer
+    return at_label, (g_loss + g_log_normalizer) / normalizer
+
+
+def target_loss(target_sum: Array, target_dot: Array, stats: Statistics) -> Array:
+    """`-sum_j y_j log o_j`."""
+    return target_sum * jnp.log1p(stats.tail) - target_dot
+
+
+def only(counts: Array | None, x: Array, probe: Array) -> Array:
+    """`x`, [N, 1 or V], and exactly 0 in rows that do not count. Finite rows are 0 already, through
+    their weight of 0, whose derivative needs them; only rows where `probe` is not finite need
+    masking."""
+    return x if counts is None else jnp.where(counts | jnp.isfinite(probe), x, 0)
+
+
+def without_empty_rows(
+    counts: Array | None, statistics: list[Array], kept: list[Array]
+) -> tuple[Array | None, list[Array]]:
+    """Which rows count, and their statistics, where the mask keeps no class of some: those do not
+    count, and their maximum, -inf, would be NaN in derivatives."""
+    if not kept:
+        return counts, statistics
+    is_kept = kept[0] > 0
+    counts = is_kept if counts is None else counts & is_kept
+    return counts, [jnp.where(is_kept, x, 0) for x in statistics]
+
+
+# -- pieces -------------------------------------------------------------------------------------------
+
+
+def distances(rows: Rows, highest: Array) -> Array:
+    """How far each logit lies below the maximum, `z - max`, [N, V]: never positive, 0 at the maximum."""
+    return below(rows.values(), highest)
+
+
+def keeps_class(rows: Rows) -> tuple[Array, ...]:
+    """1.0 for rows of which the mask keeps a class, else 0.0, [N, 1]; nothing without a mask."""
+    if rows.mask is None:
+        return ()
+    mask = jnp.broadcast_to(rows.mask, rows.logits.shape)
+    return (jnp.any(mask, rows.axes, keepdims=True).astype(rows.dtype),)
+
+
+def sum_classes(rows: Rows, x: Array) -> Array:
+    return jnp.sum(x, axis=rows.axes, keepdims=True)
+
+
+class Cotangent(NamedTuple):
+    """What a backend returns as the cotangent of `Rows`; a mask has none."""
+
+    logits: Array  # [N, V], in the logits' dtype
+    softcap: Array | None  # [N, 1], of each row
+
+    def of(self, rows: Rows) -> Rows:
+        softcap = self.softcap
+        if softcap is not None:
+            softcap = jnp.sum(softcap, keepdims=True)
+        return dataclasses.replace(
+            rows, logits=self.logits, mask=None, softcap=softcap, first_class=None
+        )
+
+
+def cotangent_of(rows: Rows, of_values: Array) -> Cotangent:
+    """The cotangent of `rows` from that of `rows.values()`."""
+    softcap = None if rows.softcap is None else jnp.broadcast_to(rows.softcap, rows.row_shape)
+
+    def values(logits, softcap):
+        return dataclasses.replace(rows, logits=logits, softcap=softcap).values()
+
+    out, vjp = jax.vjp(values, rows.logits, softcap)
     # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
-    return pull(_axis.vary(cotangent, _axis.varying(out)))[0]
+    return Cotangent(*vjp(_axis.vary(of_values, _axis.varying(out))))
 
 
-def push(view: Any, view_dot: Any) -> Array:
-    """The tangent of what `view.read()` reads."""
-    return jax.jvp(type(view).read, (view,), (view_dot,))[1]
+def targets_cotangent(rows: Rows, targets: Targets, of_values: Array) -> Targets:
+    """The cotangent of `targets` from that of `targets.values(rows)`."""
+    out, vjp = jax.vjp(lambda targets: targets.values(rows), targets)
+    of_values = _axis.vary(of_values, _axis.varying(out))
+    sharding = jax.typeof(out).sharding
+    if sharding.mesh.explicit_axes:  # where targets may be laid out otherwise than the logits
+        of_values = jax.sharding.reshard(of_values, sharding)
+    return vjp(of_values)[0]
 
 
-def _pull_rows(rows: Rows, cotangent: Array) -> tuple[Array, Array | None]:
-    """Of the logits and of the soft-cap. XLA on CPU would fuse the cotangent with each of its readers,
-    the two matrix products of a head, and to compute its exponentials but once write them to an array
-    of their own."""
-    pulled = pull(rows, cotangent)
-    return barrier_on_cpu(pulled.logits), pulled.softcap
+def tangent_of(values: Callable, view: Any, view_dot: Any) -> Array:
+    """The tangent of `values(view)`, [N, V]."""
+    return jax.jvp(values, (view,), (view_dot,))[1]
 
 
-# -- by the native kernels ----------------------------------------------------------------------------
-# The same, computed by `_native/rows.cc`. What a kernel does with the arrays that it is given is written
-# down once more in plain JAX, `_on_arrays`, for where it cannot be called.
+def read_again(*trees: Any) -> Any:
+    """The same arrays, for the backward pass. Without the barrier the compiler would keep a widened or
+    capped copy of the logits from the forward pass, to compute it once."""
+    out = lax.optimization_barrier(trees)
+    return out if len(out) > 1 else out[0]
 
 
-def _serve_targets(rows: Rows, targets: Targets) -> bool:
-    has_ids = targets.axes is None
-    labels = () if has_ids else (targets.labels,)
-    is_here = (
-        not has_ids or rows.axis_name is None
-    )  # to a kernel, an id of another device is a bad one
-    return is_here and _kernels.serve(rows.logits, rows.softcap, *labels)
+def moving_arguments(
+    names: tuple[str, ...], primals: tuple, dots: tuple
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By name, those arguments of a JVP rule with `symbolic_zeros` that move at all, and their tangents.
+    The others are left out: an infinity times a tangent of 0 would be NaN."""
+    moving = {
+        name: (primal, jax.tree.map(_instantiate, dot, primal, is_leaf=is_symbolic_zero))
+        for name, primal, dot in zip(names, primals, dots, strict=True)
+        if not all(map(is_symbolic_zero, jax.tree.leaves(dot, is_leaf=is_symbolic_zero)))
+    }
+    return {k: x for k, (x, _) in moving.items()}, {k: x for k, (_, x) in moving.items()}
 
 
-def _statistics_by_kernel(rows: Rows) -> Statistics:
-    z, where = _arrays(rows)
-    nowhere = jnp.full(z.shape[:-1], -1, jnp.int32)
-    return Statistics(*_run_label_statistics(z, where, nowhere)[:2])
+def is_symbolic_zero(x: object) -> bool:
+    return isinstance(x, jax.custom_derivatives.SymbolicZero)
 
 
-def _label_statistics_by_kernel(rows: Rows, labels: Array) -> tuple[Statistics, Array]:
-    largest, tail, at_label = _run_label_statistics(*_arrays(rows), labels)
-    return Statistics(largest, tail), jnp.where(labels < 0, jnp.nan, at_label - largest)
-
-
-def _run_label_statistics(z: Array, where: Array | Shared, labels: Array) -> tuple[Array, ...]:
-    return _kernels.run("label_statistics", _label_statistics_on_arrays, z, where, labels)
-
-
-def _label_statistics_on_arrays(
-    z: Array, where: Array, labels: Array, *, axis_name: AxisName = None
-) -> tuple[Array, ...]:
-    rows = _rows_of(z, where, axis_name)
-    place = rows.place(labels)
-    is_here = (place >= 0) & (place < rows.num_classes)
-
-    def at_label(stats):
-        return (jnp.where(is_here, rows.read_at(jnp.where(is_here, place, 0)), 0),)
-
-    stats, sums = whole(rows, at_label, _statistics_in_plain_jax)
-    return *stats[:2], *sums
-
-
-def _pull_label_by_kernel(
-    rows: Rows,
-    labels: Array,
-    counts: Array | None,
-    gap: Array,
-    stats: Statistics,
-    g_loss: Array,
-    g_log_normalizer: Array,
-) -> tuple[Array, None]:
-    factors = _label_factors(gap, stats, g_loss, g_log_normalizer)
-    (cotangent,) = _kernels.run(
-        "label_cotangent",
-        _label_cotangent_on_arrays,
-        *_arrays(rows),
-        rows.place(labels),
-        stats.max,
-        *_only_rows(counts, stats.tail, *factors),
-    )
-    return _as_laid_out(rows, cotangent), None
-
-
-def _label_cotangent_on_arrays(
-    z: Array,
-    where: Array,
-    labels: Array,
-    largest: Array,
-    at_label: Array,
-    elsewhere: Array,
-    *,
-    axis_name: AxisName = None,
-) -> tuple[Array]:
-    rows = _rows_of(z, where, axis_name)
-    exponentials = jnp.exp(rows.distances(Statistics(largest, largest)))
-    hot = one_hot(rows.place(labels), rows.num_classes)
-    cotangent = jnp.where(hot, at_label[..., None], elsewhere[..., None] * exponentials)
-    is_nothing = (at_label == 0) & (elsewhere == 0)
-    return (pull(rows, jnp.where(is_nothing[..., None], 0, cotangent)).logits,)
-
-
-def _target_statistics_by_kernel(rows: Rows, targets: Targets) -> tuple[Statistics, Array, Array]:
-    largest, tail, mass, moment = _kernels.run(
-        "target_statistics",
-        _target_statistics_on_arrays,
-        *_arrays(rows),
-        *_target_arrays(targets),
-    )
-    return Statistics(largest, tail), mass, moment
-
-
-def _target_statistics_on_arrays(
-    z: Array, where: Array, *targets: Array, axis_name: AxisName = None
-) -> tuple[Array, ...]:
-    rows = _rows_of(z, where, axis_name)
-    sums = functools.partial(_target_sums, rows, _targets_of(rows, *targets))
-    stats, (mass, moment) = whole(rows, sums, _statistics_in_plain_jax)
-    return *stats[:2], mass, moment
-
-
-def _pull_target_by_kernel(
-    rows: Rows,
-    targets: Targets,
-    counts: Array | None,
-    mass: Array,
-    stats: Statistics,
-    g_loss: Array,
-    g_log_normalizer: Array,
-) -> tuple[Array, None]:
-    tell = stats.tail + mass
-    # What is not finite times 0 is NaN; but a kernel makes a row of 0 of two cotangents of 0.
-    g_loss = jnp.where((g_loss == 0) & ~jnp.isfinite(tell), jnp.nan, g_loss)
-    (cotangent,) = _kernels.run(
-        "target_cotangent",
-        _target_cotangent_on_arrays,
-        *_arrays(rows),
-        *_target_arrays(targets),
-        stats.max,
-        stats.tail,
-        mass,
-        *_only_rows(counts, tell, g_loss, g_log_normalizer),
-    )
-    return _as_laid_out(rows, cotangent), None
-
-
-def _target_cotangent_on_arrays(
-    z: Array,
-    where: Array,
-    labels: Array,
-    smoothing: Array,
-    share: Array,
-    class_weights: Array,
-    largest: Array,
-    tail: Array,
-    mass: Array,
-    *g: Array,
-    axis_name: AxisName = None,
-) -> tuple[Array]:
-    rows = _rows_of(z, where, axis_name)
-    targets = _targets_of(rows, labels, smoothing, share, class_weights)
-    cotangent = target_cotangent(rows, targets, mass, Statistics(largest, tail), *g)
-    is_nothing = (g[0] == 0) & (g[1] == 0)
-    return (pull(rows, jnp.where(is_nothing[..., None], 0, cotangent)).logits,)
-
-
-def _arrays(rows: Rows) -> tuple[Array, Array | Shared]:
-    """The logits, [N..., V], and which classes there are, [N..., V] or [V], or [0] for all."""
-    z = classes_last(rows.logits, rows.axes)
-    if rows.where is None:
-        return z, Shared(jnp.zeros(0, bool))
-    sizes = [
-        rows.logits.shape[axis] if axis in rows.axes else size
-        for axis, size in enumerate(rows.where.shape)
-    ]
-    where = classes_last(jnp.broadcast_to(rows.where, sizes), rows.axes)
-    if rows.some_kept is not None:
-        where |= ~rows.some_kept[..., None]
-    if math.prod(where.shape[:-1]) == 1:
-        return z, Shared(where.reshape(-1))
-    return z, jnp.broadcast_to(where, z.shape)
-
-
-def _rows_of(z: Array, where: Array, axis_name: AxisName) -> Rows:
-    mask = where.reshape((1,) * (z.ndim - where.ndim) + where.shape) if where.size else None
-    return Rows(z, mask, None, None, (z.ndim - 1,), axis_name)
-
-
-def _target_arrays(targets: Targets) -> tuple[Array, Shared, Array | Shared, Shared]:
-    """The labels, [N..., V] or ids [N...]; the smoothing, [1]; the share of a class, [N...] or [1]; the
-    class weights, [V], or [0] for none."""
-    labels, share = targets.labels, targets.uniform_share
-    if targets.axes is not None:
-        labels = classes_last(labels, targets.axes)
-    rows_shape = labels.shape if targets.axes is None else labels.shape[:-1]
-    smoothing, class_weights = targets.smoothing, targets.class_weights
-    return (
-        labels,
-        Shared(jnp.zeros(1, targets.dtype) if smoothing is None else smoothing.reshape(1)),
-        Shared(share.reshape(1)) if share.size == 1 else jnp.broadcast_to(share, rows_shape),
-        Shared(jnp.zeros(0, targets.dtype) if class_weights is None else class_weights),
-    )
-
-
-def _targets_of(
-    rows: Rows, labels: Array, smoothing: Array, share: Array, class_weights: Array
-) -> Targets:
-    return Targets(
-        labels,
-        rows.where,
-        share.reshape(()) if share.size == 1 else share,
-        smoothing.reshape(()),
-        class_weights if class_weights.size else None,
-        (labels.ndim - 1,) if labels.ndim == rows.logits.ndim else None,
-        rows.num_classes,
-        compute_dtype(rows.logits.dtype),
-        rows.axis_name,
-    )
-
-
-def _only_rows(counts: Array | None, tell: Array, *factors: Array) -> list[Array]:
-    """As `only`, of what multiplies all of a row, [N...]: a kernel makes a row of 0 of 0."""
-    return [only(counts, x[..., None], tell[..., None])[..., 0] for x in factors]
-
-
-def _as_laid_out(rows: Rows, x: Array) -> Array:
-    """From classes last to the layout of the logits."""
-    (out,) = jax.linear_transpose(lambda z: classes_last(z, rows.axes), rows.logits)(x)
-    return out
-
-
-# -- helpers ------------------------------------------------------------------------------------------
-
-
-def to_bits(x: Array) -> Array:
-    """Of a 16-bit type the bits, for a gather or scatter: XLA's CPU compiler would first widen all of
-    the operand. Not to be differentiated."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def from_bits(x: Array, dtype: jnp.dtype) -> Array:
-    return lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x
-
-
-def _read_anew(x: Array) -> Array:
-    """`x`, hidden from XLA's common-subexpression elimination on CPU: of a 16-bit array that is widened
-    for two readers it would write the float32 copy, at twice the size of the logits and more time than
-    the loss takes."""
-    return barrier_on_cpu(x)
-
-
-@jax.custom_jvp
-def barrier_on_cpu(x: Array) -> Array:
-    """`x`; on CPU, XLA's compiler moves nothing past it."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
-
-
-@barrier_on_cpu.defjvp
-def _barrier_on_cpu_jvp(primals, tangents):
-    return barrier_on_cpu(*primals), tangents[0]
-
-
-@jax.custom_jvp
-def _soft_cap(x: Array, cap: Array) -> Array:
-    """`cap * tanh(x / cap)`, with a derivative that does not cancel (`1 - tanh^2` does)."""
-    return cap * jnp.tanh(x / cap)
-
-
-@_soft_cap.defjvp
-def _soft_cap_jvp(primals, tangents):
-    (x, cap), (x_dot, cap_dot) = primals, tangents
-    ratio = x / cap
-    decay = jnp.exp(-2 * jnp.abs(ratio))
-    slope = 4 * decay / (1 + decay) ** 2  # sech^2
-    # A logit of NaN makes its row's cotangent NaN already; a row that does not count must stay at 0.
-    known = ~jnp.isnan(ratio)
-    by_x = jnp.where(known, slope, 0)
-    by_cap = jnp.where(known, jnp.tanh(ratio) - jnp.where(slope == 0, 0, ratio * slope), 0)
-    return _soft_cap(x, cap), x_dot * by_x + cap_dot * by_cap
-
-
-@jax.custom_jvp
-def _weigh(targets: Array, class_weights: Array) -> Array:
-    """The product, with a derivative in which a factor of 0 leaves out even an infinite cost."""
-    return targets * class_weights
-
-
-@_weigh.defjvp
-def _weigh_jvp(primals, tangents):
-    (y, w), (y_dot, w_dot) = primals, tangents
-    return _weigh(y, w), jnp.where(w == 0, 0, y_dot * w) + jnp.where(y == 0, 0, y * w_dot)
+def _instantiate(tangent: Any, primal: Any) -> Any:
+    if not is_symbolic_zero(tangent):
+        return tangent
+    return _axis.vary(jnp.zeros(tangent.shape, tangent.dtype), _axis.varying(primal))

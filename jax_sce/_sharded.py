@@ -1,5 +1,6 @@
 """The losses on a mesh, of global arrays."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -11,15 +12,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from . import _cross_entropy, _linear
+from . import _cross_entropy, _head, _linear
 from ._axis import AxisName
-from ._cross_entropy import (
-    Arguments,
-    Options,
-    softmax_cross_entropy,
-    softmax_cross_entropy_with_integer_labels,
-)
-from ._linear import CrossEntropyAux, Examples, Head, linear_softmax_cross_entropy
+from ._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+from ._head import CrossEntropyAux
+from ._linear import linear_softmax_cross_entropy
 
 
 def shard(
@@ -71,7 +68,7 @@ def shard(
         raise ValueError(f"loss must be one of {known} (options go to the call), got {loss!r}")
     if not isinstance(mesh, Mesh | AbstractMesh | None):
         raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {mesh!r}")
-    read, plan = _LOSSES[loss]
+    inputs, plan = _LOSSES[loss]
     signature = inspect.signature(loss)
     of_batch, of_classes = _axes("batch", batch), _axes("classes", classes)
     used = of_batch + of_classes
@@ -100,12 +97,16 @@ def shard(
             raise ValueError(f"mesh must have axes of one type, got {on.axis_types}")
         if jnp.size(bound.arguments["labels"]) == 0:  # XLA compiles no program of no operands
             return loss(*args, **kwargs)
-        setting, arrays = read(**bound.arguments)
-        program = plan(on, of_batch, of_classes, setting, arrays)
+        arguments = inputs(**bound.arguments)
+        options = dataclasses.replace(
+            arguments.options, axis_name=of_classes or None, batch_axis=of_batch or None
+        )
+        arguments = dataclasses.replace(arguments, options=options)
+        program = plan(on, of_batch, of_classes, arguments)
         if on.explicit_axes:
             shardings = jax.tree.map(functools.partial(NamedSharding, on), program.in_specs)
-            arrays = jax.tree.map(jax.sharding.reshard, arrays, shardings)
-        return _compiled(program, mesh, on)(arrays)
+            arguments = jax.tree.map(jax.sharding.reshard, arguments, shardings)
+        return _compiled(program, mesh, on)(arguments)
 
     return sharded
 
@@ -125,9 +126,8 @@ def _axes(name: str, x: AxisName) -> tuple[str, ...]:
 class _Program(NamedTuple):
     """What each device runs."""
 
-    run: Callable[..., Any]
-    setting: Any
-    gather: AxisName  # the mesh axis over which the kernel is split
+    loss_of: Callable[..., Any]
+    gather: AxisName  # the mesh axis over which the kernel's features are split
     in_specs: Any
     out_specs: Any
 
@@ -138,12 +138,11 @@ def _compiled(
 ) -> Callable[..., Any]:
     """For that mesh, or else for the ambient one, which it is `on`."""
 
-    def on_each_device(arrays: Any) -> Any:
+    def on_each_device(inputs: Any) -> Any:
         if program.gather:
-            head, examples = arrays
-            kernel = lax.all_gather(head.kernel, program.gather, axis=0, tiled=True)
-            arrays = head._replace(kernel=kernel), examples
-        return program.run(program.setting, arrays)
+            kernel = lax.all_gather(inputs.kernel, program.gather, axis=0, tiled=True)
+            inputs = dataclasses.replace(inputs, kernel=kernel)
+        return program.loss_of(inputs)
 
     specs = {"in_specs": (program.in_specs,), "out_specs": program.out_specs}
     return jax.jit(jax.shard_map(on_each_device, mesh=mesh, **specs))
@@ -157,14 +156,21 @@ def _check_divides(what: str, size: int, mesh: Mesh | AbstractMesh, axes: tuple[
         )
 
 
+def _option_specs(options: Any, of_example: Any, of_class: Any) -> Any:
+    """The options with a spec in place of each array."""
+    specs = {"valid": of_example, "weights": of_example, "class_weights": of_class}
+    return dataclasses.replace(
+        options, **{name: specs.get(name, PartitionSpec()) for name in options.arrays()}
+    )
+
+
 def _plan_logits(
     mesh: Mesh | AbstractMesh,
     batch: tuple[str, ...],
     classes: tuple[str, ...],
-    setting: _cross_entropy.Setting,
-    arrays: Arguments,
+    inputs: _cross_entropy.Inputs,
 ) -> _Program:
-    shape, axes = arrays.logits.shape, setting.axes
+    shape, axes = inputs.logits.shape, inputs.axes
     of_rows = [axis for axis in range(len(shape)) if axis not in axes]
     if not of_rows:
         batch = ()
@@ -177,57 +183,45 @@ def _plan_logits(
 
     def spec(x: Array) -> Any:
         """Of an array of the logits' rank; one that is broadcast is whole."""
-        sizes = enumerate(x.shape)
-        return _spec(*(None if n == 1 else split.get(a) for a, n in sizes))
+        return _spec(*(None if n == 1 else split.get(a) for a, n in enumerate(x.shape)))
 
     row = _spec(*(split.get(axis) for axis in of_rows))
-    labels = row if arrays.has_ids else spec(arrays.logits)
-    where = None if arrays.where is None else spec(arrays.where)
-    specs = Options(
-        kept=row,
-        weights=row,
-        smoothing=_spec(),
-        class_weights=_spec(classes),
-        z_loss=_spec(),
-        softcap=_spec(),
+    in_specs = _cross_entropy.Inputs(
+        logits=spec(inputs.logits),
+        labels=row if inputs.has_ids else spec(inputs.logits),
+        mask=None if inputs.mask is None else spec(inputs.mask),
+        options=_option_specs(inputs.options, row, _spec(classes)),
+        axes=axes,
     )
-    in_specs = Arguments(spec(arrays.logits), labels, where, _where_given(specs, arrays.options))
-    setting = setting._replace(classes=classes or None, batch=batch or None)
-    out_specs = row if setting.reduction == "none" else _spec()
-    return _Program(_cross_entropy.run, setting, None, in_specs, out_specs)
+    out_specs = row if inputs.options.reduction == "none" else _spec()
+    return _Program(_cross_entropy.loss_of, None, in_specs, out_specs)
 
 
 def _plan_head(
     mesh: Mesh | AbstractMesh,
     batch: tuple[str, ...],
     classes: tuple[str, ...],
-    setting: _linear.Setting,
-    arrays: tuple[Head, Examples],
+    inputs: _head.Inputs,
 ) -> _Program:
-    head, examples = arrays
-    rank = examples.hidden.ndim - 1
+    rank = inputs.hidden.ndim - 1
     if rank == 0:
         batch = ()
     else:
-        _check_divides("the first axis of the examples", len(examples.hidden), mesh, batch)
-    _check_divides("the classes", head.kernel.shape[1], mesh, classes)
+        _check_divides("the first axis of the examples", len(inputs.hidden), mesh, batch)
+    _check_divides("the classes", inputs.kernel.shape[1], mesh, classes)
     row = _spec(*[batch, *[None] * (rank - 1)][:rank])
-    of_class, whole = _spec(classes), _spec()
-    gather = _gathered(head.kernel, batch)
-    of_head = Head(_spec(gather, classes), of_class, whole, of_class, whole, whole)
-    labels = row if examples.has_ids else _spec(*row, classes)
-    of_examples = Examples(_spec(*row, None), labels, row, row)
-    in_specs = _where_given(of_head, head), _where_given(of_examples, examples)
-    setting = setting._replace(classes=classes or None, batch=batch or None)
-    out_specs: Any = row if setting.reduction == "none" else whole
-    if setting.return_aux:
+    gather = _gathered(inputs.kernel, batch)
+    in_specs = _head.Inputs(
+        hidden=_spec(*row, None),
+        kernel=_spec(gather, classes),
+        labels=row if inputs.has_ids else _spec(*row, classes),
+        bias=None if inputs.bias is None else _spec(classes),
+        options=_option_specs(inputs.options, row, _spec(classes)),
+    )
+    out_specs: Any = row if inputs.options.reduction == "none" else _spec()
+    if inputs.options.return_aux:
         out_specs = (out_specs, CrossEntropyAux(row, row))
-    return _Program(_linear.run, setting, gather, in_specs, out_specs)
-
-
-def _where_given(specs: Any, arrays: Any) -> Any:
-    """Those of the arrays that are there."""
-    return type(specs)(*(None if x is None else s for x, s in zip(arrays, specs, strict=True)))
+    return _Program(_linear.loss_of, gather, in_specs, out_specs)
 
 
 def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -243,7 +237,13 @@ def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 _LOSSES: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
-    softmax_cross_entropy: (_cross_entropy.read_targets, _plan_logits),
-    softmax_cross_entropy_with_integer_labels: (_cross_entropy.read_labels, _plan_logits),
-    linear_softmax_cross_entropy: (_linear.read, _plan_head),
+    softmax_cross_entropy: (
+        functools.partial(_cross_entropy.inputs, has_ids=False),
+        _plan_logits,
+    ),
+    softmax_cross_entropy_with_integer_labels: (
+        functools.partial(_cross_entropy.inputs, has_ids=True),
+        _plan_logits,
+    ),
+    linear_softmax_cross_entropy: (_linear.inputs, _plan_head),
 }

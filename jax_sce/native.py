@@ -38,7 +38,7 @@ class Status(NamedTuple):
 
 @functools.cache
 def status() -> Status:
-    """Load the native kernel, once, and tell what came of it.
+    """Load the native kernel, once, and say whether it can be used.
 
     Returns:
       A `Status`: `available`, and in `detail` the instruction set or the reason.
@@ -79,7 +79,7 @@ def _load(library: ctypes.CDLL, choice: str) -> Status:
         return Status(
             False,
             f"built for version {built_text} of XLA's FFI, and the installed jaxlib has {running_text}: "
-            "install jax_sce anew",
+            "reinstall jax_sce",
         )
     library.jax_sce_use.restype = ctypes.c_char_p
     level = library.jax_sce_use(b"best" if choice == "1" else choice.encode())

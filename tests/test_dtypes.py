@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from support import BOTH, DENSE, INTEGER, TOLERANCE, exact_loss, one_hot, rng
 
+from jax_sce import linear_softmax_cross_entropy as HEAD
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 LOGITS = rng(30).normal(size=(4, 6))
 LABELS = np.array([1, 0, 5, 3])
@@ -72,6 +74,29 @@ def test_float64_logits_are_computed_in_float64(kind, x64):
     logits = np.array([40.0, 0.0])
     labels = np.int32(0) if kind == "integer" else np.array([1.0, 0.0])
     np.testing.assert_allclose(BOTH[kind](logits, labels), np.exp(-40.0), rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn"]
+)
+def test_floats_that_are_not_computed_are_refused_by_name(dtype):
+    """Those of eight bits and fewer."""
+    logits, ids = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
+    odd = {"logits": logits, "hidden": logits, "kernel": logits.T, "bias": logits[:, 0]}
+    odd = {name: x.astype(dtype) for name, x in odd.items()}
+    message = "must have a dtype among float16, bfloat16, float32, float64, got " + dtype
+    with pytest.raises(TypeError, match="logits " + message):
+        INTEGER(odd["logits"], ids)
+    with pytest.raises(TypeError, match="logits " + message):
+        jax.eval_shape(INTEGER, odd["logits"], ids)
+    with pytest.raises(TypeError, match="labels " + message):
+        DENSE(logits, odd["logits"])
+    for name in ("hidden", "kernel", "bias"):
+        good = {"hidden": logits, "kernel": logits.T, "bias": logits[:, 0]}
+        with pytest.raises(TypeError, match=f"{name} {message}"):
+            HEAD(**(good | {name: odd[name]}), labels=ids)
+    with pytest.raises(TypeError, match="labels " + message):
+        HEAD(logits, logits.T, logits[:, :4].astype(dtype))
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -163,6 +188,62 @@ def test_labels_beyond_the_classes_never_wrap_into_them(labels, x64):
     np.testing.assert_array_equal(pull(jnp.ones_like(losses))[0], np.nan)
 
 
+LOWEST = -(2**31)
+# Cut to 32 bits, these would be 0, 1, the highest class, and -1.
+BEYOND = {
+    "int64": np.array([2**32, 2**32 + 1, 2**40 + 5, -(2**32), LOWEST - 1], np.int64),
+    "uint64": np.array([2**32, 2**32 + 1, 2**40 + 5, 2**63, 2**64 - 1], np.uint64),
+    "ints": [2**32, 2**32 + 1, 2**40 + 5, -(2**32), LOWEST - 1],
+}
+
+
+def integer_and_head(labels, **options):
+    """The losses on logits, and those of a head that gives the same logits."""
+    logits = rng(32).normal(size=(len(labels), 6)).astype(np.float32)
+    eye = np.eye(len(labels), dtype=np.float32)
+    return INTEGER(logits, labels, **options), HEAD(eye, logits, labels, **options)
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_labels_of_64_bits_are_bad_without_x64_too(kind):
+    labels = BEYOND[kind]
+    for losses in integer_and_head(labels):
+        np.testing.assert_array_equal(losses, np.nan)
+    if kind != "uint64":  # beside good labels, and bad ones that fit
+        for losses in integer_and_head([3, labels[0], -1, LOWEST, LOWEST + 1, 2**31 - 1, 5]):
+            np.testing.assert_array_equal(np.isnan(losses), [False, *[True] * 5, False])
+    np.testing.assert_array_equal(INTEGER(LOGITS[0], labels[0]), np.nan)
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_an_ignore_index_of_64_bits_is_honoured_without_x64_too(kind):
+    for index in range(5):
+        ignored = int(BEYOND[kind][index])
+        for losses in integer_and_head(BEYOND[kind], ignore_index=ignored):
+            np.testing.assert_array_equal(losses, np.where(np.arange(5) == index, 0, np.nan))
+
+
+@pytest.mark.parametrize(
+    "ignore_index", [-100, 0, LOWEST, LOWEST + 1, 2**31 - 1, 2**40, LOWEST - 1, 2**70]
+)
+def test_a_bad_label_is_not_ignored_for_another(ignore_index):
+    """Whatever it becomes in 32 bits."""
+    labels = np.array([2**32, LOWEST, LOWEST + 1, 2**31 - 1, 2**40, LOWEST - 1, -100, 1], np.int64)
+    for losses in integer_and_head(labels, ignore_index=ignore_index):
+        np.testing.assert_array_equal(np.asarray(losses) == 0, labels == ignore_index)
+        np.testing.assert_array_equal(np.isnan(losses[:-1]), labels[:-1] != ignore_index)
+        assert np.isfinite(losses[-1])
+
+
+@pytest.mark.parametrize("ignore_index", [2**32, -(2**32), 2**70])
+def test_labels_of_32_bits_are_not_ignored_for_an_index_beyond(ignore_index):
+    labels = np.array([0, 1, 5], np.int64)
+    for got, want in zip(
+        integer_and_head(labels, ignore_index=ignore_index), integer_and_head(labels), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("labels_type", "ignore_index"),
     [("uint8", -100), ("int8", 255), ("uint8", 256), ("int8", -129), ("int32", 2**40)],
@@ -183,3 +264,8 @@ def test_an_ignore_index_that_labels_cannot_hold_ignores_nothing(labels_type, ig
 def test_ignore_index_may_be_a_class_and_any_integer(ignore_index):
     losses = INTEGER(LOGITS, LABELS, ignore_index=ignore_index)
     np.testing.assert_array_equal(np.asarray(losses) == 0, LABELS == 3)
+
+
+@pytest.mark.parametrize("labels", [[2**70], [2**63, -1], [2**40, -(2**99)]], ids=str)
+def test_integers_of_python_of_any_size_are_bad_labels(labels):
+    assert np.all(np.isnan(INTEGER(np.zeros((len(labels), 3), np.float32), labels)))

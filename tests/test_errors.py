@@ -1,5 +1,7 @@
 """What cannot be right raises, and says which argument, what was expected and what came."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,26 @@ FLOATS = one_hot(IDS, V)
 # Keyword arguments that replace the good ones; the error; what its message says.
 IN_BOTH = {
     "integer logits": ({"logits": IDS}, TypeError, "logits.*floating.*int32"),
+    "float8 logits": (
+        {"logits": LOGITS.astype(jnp.float8_e4m3fn)},
+        TypeError,
+        "logits.*float16, bfloat16, float32, float64, got float8_e4m3fn",
+    ),
+    "float8 weights": (
+        {"weights": np.ones(N, jnp.float8_e5m2)},
+        TypeError,
+        "weights.*float32.*got float8_e5m2",
+    ),
+    "float8 class_weights": (
+        {"class_weights": np.ones(V, jnp.float8_e5m2)},
+        TypeError,
+        "class_weights.*float32.*got float8_e5m2",
+    ),
+    "float8 softcap": (
+        {"softcap": jnp.float8_e4m3fn(2)},
+        TypeError,
+        "softcap.*float32.*got float8_e4m3fn",
+    ),
     "bool logits": ({"logits": LOGITS > 0}, TypeError, "logits.*floating.*bool"),
     "complex logits": ({"logits": LOGITS + 1j}, TypeError, "logits.*floating.*complex64"),
     "logits of None": ({"logits": None}, TypeError, "logits.*array.*None"),
@@ -37,6 +59,17 @@ IN_BOTH = {
         {"where": np.ones((2, N, V), bool)},
         ValueError,
         r"where.*\(4, 6\).*\(2, 4, 6\)",
+    ),
+    "where a scalar": ({"where": True}, ValueError, r"where.*\(4,\).*\(4, 6\).*got \(\)"),
+    "where of the classes": (
+        {"where": np.ones(V, bool)},
+        ValueError,
+        r"where.*got \(6,\); a mask of classes for all examples has shape \(1, 6\)",
+    ),
+    "where of the logits' rank and another shape": (
+        {"where": np.ones((V, N), bool)},
+        ValueError,
+        r"where.*\(4, 6\), got \(6, 4\)",
     ),
     "weights of another shape": (
         {"weights": np.ones(V)},
@@ -75,6 +108,11 @@ INTEGER_ONLY = {
     "ignore_index an array": ({"ignore_index": IDS}, TypeError, "ignore_index.*integer"),
 }
 DENSE_ONLY = {
+    "float8 labels": (
+        {"labels": FLOATS.astype(jnp.float8_e4m3fn)},
+        TypeError,
+        "labels.*float32.*got float8_e4m3fn",
+    ),
     "class ids": ({"labels": IDS}, ValueError, r"labels.*\(4, 6\).*\(4,\)"),
     "labels to broadcast": ({"labels": FLOATS[:1]}, ValueError, r"labels.*\(4, 6\).*\(1, 6\)"),
     "complex labels": ({"labels": FLOATS * 1j}, TypeError, "labels.*real.*complex"),
@@ -94,6 +132,16 @@ def good(kind):
 def test_a_bad_argument_is_named(kind, wrong, error, message):
     with pytest.raises(error, match=message):
         BOTH[kind](**{**good(kind), **wrong})
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("axis", "shape"), [(0, (4, 1, 1)), ((2, 0), (4, 1, 2))], ids=str)
+def test_the_message_tells_the_shape_of_a_mask_of_classes(kind, axis, shape):
+    logits = np.zeros((4, 3, 2), np.float32)
+    labels = np.zeros((3, 2) if axis == 0 else 3, np.int32)
+    labels = labels if kind == "integer" else np.zeros_like(logits)
+    with pytest.raises(ValueError, match=rf"where.*{re.escape(str(shape))}$"):
+        BOTH[kind](logits, labels, axis, np.ones(4, bool))
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -80,6 +80,8 @@ def like(x, shapes, kinds):
     except (TypeError, ValueError, OverflowError):
         return False
     dtypes = {"f": jnp.floating, "i": jnp.integer, "b": jnp.bool_}
+    if array.dtype == jnp.float8_e4m3fn:  # which is not computed
+        return False
     return array.shape in shapes and any(jnp.issubdtype(array.dtype, dtypes[k]) for k in kinds)
 
 
@@ -124,7 +126,7 @@ def is_right(kind, name, x):
             "dense": lambda: like(x, [(N, V)], "fib"),
             "linear": lambda: like(x, [(N,)], "i") or like(x, [(N, V)], "fib"),
         }[kind](),
-        "where": lambda: x is None or like(x, [(), (1,), (N,), (V,), (N, 1), (1, V), (N, V)], "b"),
+        "where": lambda: x is None or like(x, [(1,), (N,), (N, 1), (1, V), (N, V)], "b"),
         "ignore_index": lambda: x is None or is_int(x),
         "label_smoothing": lambda: number(x, lambda v: v >= 0, lambda v: v <= 1),
         "class_weights": lambda: x is None or like(x, [(V,)], "fib"),

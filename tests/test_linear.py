@@ -16,7 +16,8 @@ from support import QUICK, TOLERANCE, cotangents, derivatives, one_hot, quick, r
 from jax_sce import (
     CrossEntropyAux,
     _chunks,
-    _linear,
+    _cpu,
+    _head,
     linear_softmax_cross_entropy as head,
     reference,
 )
@@ -870,17 +871,23 @@ def largest_array(text):
 
 def test_a_chunk_is_large_enough_and_its_logits_are_bounded():
     for num_classes in (1, 10, 1000, 8192, 32000, 128256, 262144, 2**20, 2**26):
-        for table in (_chunks.GRADIENTS, _chunks.VALUES):
-            for size in table.values():
+        for loop in (_chunks.LOOP, _cpu.LOOP):
+            for size in (loop.gradients, loop.values):
                 examples = size.examples(num_classes)
                 assert 1 <= examples <= size.most
                 assert examples * num_classes <= max(size.budget, num_classes)
                 if num_classes <= 128256:
                     assert examples >= size.least
-    plan = _chunks.plans(2048, 32000, None, False, None).cpu
-    assert (plan.lanes * plan.chunk, plan.lanes * plan.chunk_of_values) == (256, 128)
-    assert _chunks.plans(256, 32000, None, False, None).cpu.chunks == 1
-    assert _chunks.plans(7, 10, 1, False, None).cpu.chunk == 1  # as is asked for
+
+    def plan(num_examples, num_classes, size, chunk_size=None):
+        return _chunks.plan(_chunks.shards(num_examples), num_classes, size, chunk_size)
+
+    gradients, values = _cpu.LOOP.gradients, _cpu.LOOP.values
+    for size, examples in ((gradients, 256), (values, 128)):
+        of_size = plan(2048, 32000, size)
+        assert of_size.shards * of_size.chunk == examples
+    assert plan(256, 32000, gradients).chunks == 1
+    assert plan(7, 10, gradients, 1).chunk == 1  # as is asked for
 
 
 @pytest.mark.parametrize(("reduction", "accumulators"), [("mean", 1), ("none", 1)])
@@ -1042,13 +1049,13 @@ def test_work(reduction, argnums, products, static):
 def test_examples_that_do_not_count_are_left_out_of_the_work(why, differentiated, monkeypatch):
     """Of 64 examples in chunks of 16. The tests have 8 devices: a chunk is two of each eighth."""
     rows = []
-    logits = _linear._logits
+    logits = _head._logits
 
-    def counted(head, hidden):
-        jax.debug.callback(lambda: rows.append(len(hidden)))
-        return logits(head, hidden)
+    def counted(chunk):
+        jax.debug.callback(lambda: rows.append(len(chunk.hidden)))
+        return logits(chunk)
 
-    monkeypatch.setattr(_linear, "_logits", counted)
+    monkeypatch.setattr(_head, "_logits", counted)
     arguments = arrays(64, D, V, np.float32)
     for count in (64, 24, 16, 8, 0):
         live = rng(count).permuted(np.tile(np.arange(8) < count // 8, (8, 1)), axis=1).reshape(-1)

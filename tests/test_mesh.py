@@ -499,10 +499,14 @@ def test_of_a_head_row_statistics_cross_and_each_gradient_once(kernel_spec):
     # The maximum; and the tail, the leaders and the label's distance.
     assert sorted(in_loop) == [("all-reduce", chunk * 4), ("all-reduce", 3 * chunk * 4)]
     of_kernel, of_hidden = d * v // 4 * 4, n // 2 * d * 4
-    rest = sorted((x.kind, x.bytes) for x in sent if not x.in_loop)
+    rest = [(x.kind, x.bytes) for x in sent if not x.in_loop]
     gathers = [("all-gather", of_kernel)] if kernel_spec[0] else []
-    sums = [("all-reduce", 8), ("all-reduce", of_hidden), ("all-reduce", of_kernel)]
-    assert rest == sorted(gathers + sums)
+    assert [x for x in rest if x[0] == "all-gather"] == gathers
+    sums = [size for kind, size in rest if kind == "all-reduce"]
+    assert len(rest) == len(gathers) + len(sums)
+    # The gradients, and the sum of the losses, which XLA may send with one of them.
+    assert len(sums) in (2, 3)
+    assert sum(sums) == of_hidden + of_kernel + 4
 
 
 def test_a_chunk_on_a_mesh_is_as_small_as_asked():
@@ -524,7 +528,7 @@ def test_examples_have_a_lane_for_each_device_that_the_compiler_may_put_them_on(
     found = []
 
     def look(x):
-        found.append(_chunks.plans(16, 8, None, False, None).default.lanes)
+        found.append(_chunks.shards(16)[0])
         return x
 
     if axes:
@@ -588,7 +592,7 @@ def test_of_logits_row_statistics_cross_in_the_forward_pass_and_nothing_in_the_b
     fn = functools.partial(shard(INTEGER, mesh, classes=classes), reduction="mean")
     z = laid_out(mesh, jnp.float32, (n, v), "data", "model")
     sent = collectives(compiled(fn, z, laid_out(mesh, jnp.int32, (n,), "data")))
-    assert sorted(x.bytes for x in sent) == [8, n // 2 * 4, 3 * n // 2 * 4]
+    assert sorted(x.bytes for x in sent) == [4, n // 2 * 4, 3 * n // 2 * 4]
 
 
 @pytest.mark.parametrize("spec", [("data", "model"), ("data", None), (None, "model")])

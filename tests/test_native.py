@@ -15,15 +15,14 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 from jax_sce import (
-    _kernels,
+    _cpu,
     _native,
-    _rows,
     linear_softmax_cross_entropy,
     native,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels as integer_loss,
 )
-from jax_sce._kernels import Shared
+from jax_sce._rows import Rows, Targets
 from jax_sce.testing import collectives
 
 needs_kernels = pytest.mark.skipif(
@@ -31,33 +30,35 @@ needs_kernels = pytest.mark.skipif(
 )
 U = 2.0**-24
 
-PLAIN = {
-    "label_statistics": _rows._label_statistics_on_arrays,
-    "label_cotangent": _rows._label_cotangent_on_arrays,
-    "target_statistics": _rows._target_statistics_on_arrays,
-    "target_cotangent": _rows._target_cotangent_on_arrays,
-}
-NONE = Shared(jnp.zeros(0, bool))
 LEVELS = (b"baseline", b"x86_64_v3", b"x86_64_v4")
 
 
-def run_plain(kernel, *operands):
-    arrays = [x.array if isinstance(x, Shared) else x for x in operands]
-    return jax.jit(PLAIN[kernel])(*arrays)
+def compiled(functions, name, *args):
+    """Of the arrays that an operation gives, without arguments."""
+    return jax.jit(lambda: jax.tree.leaves(functions[name](*args))).lower().compile()
+
+
+def run_plain(name, *args):
+    """In plain JAX, by the form of it whose sums are in blocks on CPU, as the bounds are for."""
+    return compiled(_cpu.FORMS, name, *args)()
+
+
+def rows(z, mask=None):
+    return Rows(z, mask, None, None, (-1,))
 
 
 @pytest.fixture
 def run():
-    """A kernel's results by every instruction set that there are kernels for here."""
+    """A kernel's results, by every instruction set that there are kernels for here."""
     library = ctypes.CDLL(str(native._find()))
     library.jax_sce_use.restype = ctypes.c_char_p
     levels = [name for name in LEVELS if library.jax_sce_use(name)]
 
-    def run(kernel, *operands):
-        compiled = jax.jit(lambda: _kernels.run(kernel, PLAIN[kernel], *operands)).lower().compile()
+    def run(name, *args):
+        kernel = compiled(_cpu.KERNELS, name, *args)
         for level in levels:
             library.jax_sce_use(level)
-            yield jax.block_until_ready(compiled())
+            yield jax.block_until_ready(kernel())
 
     yield run
     library.jax_sce_use(native.status().detail.encode())
@@ -73,8 +74,8 @@ def test_the_exponential_is_within_its_bound_everywhere(run):
     x = np.concatenate([bits.view(np.float32), np.float32([-0.0, 0.0, -87.336544, -88.0, -np.inf])])
     want = np.exp(x.astype(np.float64))
     normal = want >= 2.0**-126
-    one, none = jnp.ones(1), jnp.full(1, -1, jnp.int32)
-    for (got,) in run("label_cotangent", jnp.asarray(x)[None], NONE, none, 0 * one, one, one):
+    one, none = jnp.ones((1, 1)), jnp.full((1, 1), -1, jnp.int32)
+    for (got,) in run("label_cotangent", rows(jnp.asarray(x)[None]), none, 0 * one, one, one):
         got = np.asarray(got)[0].astype(np.float64)
         error = np.abs(got - want)
         assert np.max(error[normal] / want[normal]) <= 2 * U
@@ -89,12 +90,12 @@ def problem(num_rows, num_classes, dtype, mask, seed=0):
     z = z.at[0, -1].set(90)  # confident
     labels = jax.random.randint(next(keys), (num_rows,), -1, num_classes)
     where = {
-        "none": NONE,
-        "shared": Shared(jax.random.bernoulli(next(keys), 0.7, (num_classes,)).at[0].set(True)),
+        "none": None,
+        "shared": jax.random.bernoulli(next(keys), 0.7, (1, num_classes)).at[0, 0].set(True),
         "own": jax.random.bernoulli(next(keys), 0.7, z.shape).at[:, 0].set(True),
     }[mask]
     targets = jax.nn.softmax(jax.random.normal(next(keys), z.shape)).astype(dtype)
-    factors = jax.random.normal(next(keys), (2, num_rows)).at[:, 1].set(0)
+    factors = jax.random.normal(next(keys), (2, num_rows, 1)).at[:, 1].set(0)
     return z, labels, where, targets, *factors
 
 
@@ -103,6 +104,20 @@ def assert_close(got, want, rtol, atol):
         assert a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def of_labels(statistics, labels):
+    """With the label's distance from the maximum in place of its logit, as the loss has it. That is
+    anything where the label is no class, and then the row is NaN, as it is where the tail is."""
+    highest, tail, at_label, *kept = statistics
+    is_lost = (labels < 0) | jnp.isnan(tail)
+    return highest, tail, jnp.where(is_lost, jnp.nan, at_label - highest), *kept
+
+
+def of_targets(statistics):
+    """With NaN for the sum of `y (z - max)` where that of `y` is NaN, for then the row is."""
+    highest, tail, mass, dot, *kept = statistics
+    return highest, tail, mass, jnp.where(jnp.isnan(mass), jnp.nan, dot), *kept
 
 
 def rounding(dtype):
@@ -129,31 +144,30 @@ def test_they_are_what_plain_jax_is(num_classes, dtype, mask, run):
     """To the bounds of `_rows.py`, twice: 16u for sums, (6 + distance) 2^-22 for cotangents, where no
     distance is above 120. Of each class, what is below the smallest normal number may be lost."""
     z, labels, where, targets, g, h = problem(40, num_classes, dtype, mask)
+    view, ids = rows(z, where), labels[:, None]
     lost = num_classes * 2.0**-125
-    args = z, where, labels
-    want = run_plain("label_statistics", *args)
-    for got in run("label_statistics", *args):
-        assert_close(got, want, 32 * U, lost)
+    want = run_plain("label_statistics", view, ids)
+    for got in run("label_statistics", view, ids):
+        assert_close(of_labels(got, ids), of_labels(want, ids), 32 * U, lost)
 
     of_dtype, subnormal = rounding(dtype)
     rtol = of_dtype + 2 * 126 * 2.0**-22
-    args = z, where, labels, want[0], g, h
+    args = view, ids, want[0], g, h
     want = run_plain("label_cotangent", *args)
     for got in run("label_cotangent", *args):
         assert_close(got, want, rtol, lost + subnormal)
         assert np.all(np.asarray(got[0][1], np.float32) == 0)
 
-    share, no_weights = Shared(jnp.full(1, 1 / num_classes)), Shared(jnp.zeros(0))
-    weights = Shared(jnp.linspace(0, 2, num_classes))
-    smoothing, no_smoothing = Shared(jnp.full(1, 0.25)), Shared(jnp.zeros(1))
-    for options in ((no_smoothing, share, no_weights), (smoothing, share, weights)):
-        for y in (targets, labels):
-            args = z, where, y, *options
+    uniform, smoothing = jnp.full((1, 1), 1 / num_classes), jnp.full((1, 1), 0.25)
+    weights = jnp.linspace(0, 2, num_classes)[None]
+    for options in ((None, uniform, None), (smoothing, uniform, weights)):
+        for y in (targets, ids):
+            args = view, Targets(y, *options)
             want = run_plain("target_statistics", *args)
             for got in run("target_statistics", *args):
-                assert_close(got, want, 32 * U, lost)
+                assert_close(of_targets(got), of_targets(want), 32 * U, lost)
             # Relative to the terms of the difference: g, h and the targets are at most some 4.
-            args = *args, want[0], want[1], want[2], g, h
+            args = *args, *want[:3], g, h
             want = run_plain("target_cotangent", *args)
             for got in run("target_cotangent", *args):
                 assert_close(got, want, rtol, 40 * 2.0**-22 + 4 * of_dtype)
@@ -166,22 +180,22 @@ def test_special_rows_are_as_in_plain_jax(run):
         z = jnp.zeros((7, num_classes)).at[:, 1].set(2.0)
         z = z.at[0].set(-inf).at[1, 0].set(inf).at[2, 2].set(nan).at[3].set(nan)
         z = z.at[4].set(-inf).at[4, 2].set(5.0).at[5, 0].set(-inf).at[6].set(1e8)
-        args = z, NONE, jnp.zeros(7, jnp.int32)
-        want = run_plain("label_statistics", *args)
+        args = rows(z), jnp.zeros((7, 1), jnp.int32)
+        want = of_labels(run_plain("label_statistics", *args), args[1])
         for got in run("label_statistics", *args):
-            assert_close(got[1:], want[1:], 16 * U, 0)
+            assert_close(of_labels(got, args[1])[1:], want[1:], 16 * U, 0)
             highest = np.array([-inf, inf, nan, nan, 5, 2, 1e8], np.float32)
-            np.testing.assert_array_equal(got[0], highest)
+            np.testing.assert_array_equal(got[0][:, 0], highest)
 
 
 @needs_kernels
 def test_infinite_cotangents_are_as_in_plain_jax(run):
     for num_classes in (3, 300):
         z, _, where, targets, *_ = problem(2, num_classes, "float32", "none")
-        g = jnp.array([jnp.inf, -jnp.inf])
-        options = Shared(jnp.zeros(1)), Shared(jnp.full(1, 1 / num_classes)), Shared(jnp.zeros(0))
-        largest, tail, mass, _ = run_plain("target_statistics", z, where, targets, *options)
-        args = z, where, targets, *options, largest, tail, mass, g, jnp.zeros(2)
+        g = jnp.array([[jnp.inf], [-jnp.inf]])
+        args = rows(z, where), Targets(targets, None, jnp.full((1, 1), 1 / num_classes), None)
+        largest, tail, mass, _ = run_plain("target_statistics", *args)
+        args = *args, largest, tail, mass, g, jnp.zeros((2, 1))
         want = run_plain("target_cotangent", *args)
         assert np.all(np.isinf(want))
         for got in run("target_cotangent", *args):
@@ -479,31 +493,69 @@ def test_inside_shard_map_each_device_calls_them():
 # -- what there is to tell ----------------------------------------------------------------------------
 
 
-ON_ONE_DEVICE = """
-import jax, jax.numpy as jnp
+ON_ANY_DEVICES = """
+import jax, numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 from jax_sce import softmax_cross_entropy_with_integer_labels as loss
-one, other = (jax.make_mesh((1,), (name,), axis_types=(AxisType.Auto,)) for name in "ab")
-z = jax.device_put(jnp.zeros((8, 600)), NamedSharding(one, P("a")))
-y = jax.device_put(jnp.zeros(8, jnp.int32), NamedSharding(other, P("b")))
-print(loss(z, y)[0], jax.grad(lambda z: loss(z, y, reduction="sum"))(z)[0, 0])
-many = NamedSharding(AbstractMesh((64,), ("a",), axis_types=(AxisType.Auto,)), P("a"))
-arguments = (jax.ShapeDtypeStruct((128, *x.shape[1:]), x.dtype, sharding=many) for x in (z, y))
-jax.jit(loss).trace(*arguments).lower(lowering_platforms=("tpu",))
+
+def step(z, y):
+    return jax.value_and_grad(loss)(z, y, reduction="mean")
+
+def sharding(kind, sizes, names, *spec):
+    return NamedSharding(kind(sizes, names, axis_types=(AxisType.Auto,) * len(sizes)), P(*spec))
+
+def check(compiled, *args):
+    got, want = compiled(*args), jax.jit(step)(z, y)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-9)
+    print(compiled.as_text().count('custom_call_target="jax_sce'))
+
+draws, devices = np.random.default_rng(0), jax.devices()
+z = draws.normal(size=(16, 600)).astype(np.float32)
+y = draws.integers(0, 600, 16, dtype=np.int32)
+n, half = len(devices), max(len(devices) // 2, 1)
+one = sharding(jax.make_mesh, (n,), ("a",), "a")
+
+# Several meshes in one program.
+other = sharding(jax.make_mesh, (half, n // half), ("b", "c"), ("b", "c"))
+placed = jax.device_put(z, one), jax.device_put(y, other)
+check(jax.jit(step).lower(*placed).compile(), *placed)
+
+# One that is abstract, beside one that is not.
+abstract = sharding(AbstractMesh, (half, n // half), ("d", "e"), ("d", "e"))
+fn = jax.jit(lambda z, y: step(jax.lax.with_sharding_constraint(z, abstract), y))
+placed = jax.device_put(z, one), jax.device_put(y, one)
+check(fn.lower(*placed).compile(), *placed)
+
+# An abstract one alone, which is told its devices when it is compiled; and one that has too many.
+shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=abstract) for x in (z, y)]
+lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("cpu",))
+placed = [jax.device_put(x, sharding(jax.make_mesh, (half, n // half), ("d", "e"), ("d", "e")))
+          for x in (z, y)]
+check(lowered.compile(device_assignment=tuple(devices)), *placed)
+many = sharding(AbstractMesh, (64,), ("a",), "a")
+shapes = [jax.ShapeDtypeStruct((128, *x.shape[1:]), x.dtype, sharding=many) for x in (z, y)]
+for platforms in (("tpu",), ("cpu",), ("cpu", "tpu")):
+    jax.jit(step).trace(*shapes).lower(lowering_platforms=platforms)
 """
 
 
 @needs_kernels
-def test_a_program_may_name_any_meshes():
-    """Where there is one CPU device, and inside `jax.shard_map`: nothing is to be split, and only who
-    splits has to know the devices."""
-    env = {**os.environ, "XLA_FLAGS": ""}
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_program_may_name_any_meshes(devices):
+    """Several, and abstract ones: only who splits has to know the devices. Every device calls the
+    kernels, that of the statistics and that of the cotangent, for its own rows."""
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     out = subprocess.run(
-        [sys.executable, "-c", ON_ONE_DEVICE], env=env, capture_output=True, text=True
+        [sys.executable, "-c", ON_ANY_DEVICES], env=env, capture_output=True, text=True
     )
     assert out.returncode == 0, out.stderr
-    np.testing.assert_allclose(np.float32(out.stdout.split()), [np.log(600), 1 / 600 - 1], 1e-6)
+    assert out.stdout.split() == ["2", "2", "2"]
 
+
+@needs_kernels
+def test_inside_shard_map_a_program_may_be_for_more_devices_than_there_are():
+    """Nothing is to be split there."""
     mesh = AbstractMesh((64,), ("a",), axis_types=(AxisType.Auto,))
     z, y = jnp.zeros((64, 600)), jnp.zeros(64, jnp.int32)
     split = jax.shard_map(integer_loss, mesh=mesh, in_specs=P("a"), out_specs=P("a"))

@@ -171,17 +171,37 @@ def test_smoothing_covers_the_classes_of_the_row_that_where_leaves(x64):
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize(
-    "shape", [(N,), (1,), (), (N, V), (1, V), (N, 1), (1, 1)], ids=lambda shape: str(shape)
+    "shape", [(N,), (1,), (N, V), (1, V), (N, 1), (1, 1)], ids=lambda shape: str(shape)
 )
 def test_where_broadcasts_to_the_examples_or_the_logits(kind, shape, x64):
     where = rng(13).random(shape) < 0.6
-    rows = where.ndim < 2
-    full = np.broadcast_to(where[:, None] if rows and where.ndim else where, (N, V))
+    full = np.broadcast_to(where[:, None] if where.ndim == 1 else where, (N, V))
     labels = np.argmax(full, -1).astype(np.int32)  # on a class that is left
     labels = labels if kind == "integer" else one_hot(labels, V, np.float64)
     want = BOTH[kind](LOGITS, labels, where=full)
     np.testing.assert_allclose(BOTH[kind](LOGITS, labels, where=where), want, rtol=1e-14)
     np.testing.assert_array_equal(np.asarray(want)[~full.any(-1)], 0.0)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_the_rank_of_where_alone_decides_what_it_is_of(kind, x64):
+    """As many examples as classes, and one example: the shapes do not tell."""
+    square, mask = LOGITS[:, :N], np.arange(N) % 2 == 0
+    ids = np.zeros(N, np.int32)
+    labels = ids if kind == "integer" else one_hot(ids, N, np.float64)
+    whole = np.asarray(BOTH[kind](square, labels))
+    np.testing.assert_array_equal(BOTH[kind](square, labels, where=mask), np.where(mask, whole, 0))
+    np.testing.assert_allclose(
+        BOTH[kind](square, labels, where=mask[None]),
+        BOTH[kind](square[:, mask], labels if kind == "integer" else labels[:, mask]),
+        rtol=TOLERANCE["float64"],
+    )
+    one, label = square[0], labels[0]
+    for keep in (True, False):  # the example, or each of its classes
+        for where in (np.array(keep), np.array([keep])):
+            np.testing.assert_array_equal(
+                BOTH[kind](one, label, where=where), whole[0] if keep else 0
+            )
 
 
 @pytest.mark.parametrize("axis", [0, -2, (0, 2), (-1, 0), None], ids=str)

@@ -6,7 +6,9 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, quick, rng
 
@@ -204,11 +206,12 @@ def test_the_rules_honour_a_cotangent_of_each_output(name, which, x64):
     g = jnp.asarray(g_loss), jnp.asarray(g_log_normalizer)
 
     def ours(logits, labels):
-        rows = Rows(logits, None, None, None, (1,))
+        rows = Rows(logits, None, None, None, (-1,))
         if kind == "integer":
-            return rule(rows, labels, None)
-        targets = Targets(labels, None, None, None, None, (1,), V, jnp.dtype(jnp.float64))
-        return rule(rows, targets, None)
+            out = rule(rows, labels, None)
+        else:
+            out = rule(rows, Targets(labels, None, jnp.full((1, 1), 1 / V), None), None)
+        return out.loss, out.log_normalizer
 
     def reference(logits, labels):
         return naive(kind, logits, labels), jax.nn.logsumexp(logits, axis=-1)
@@ -296,3 +299,48 @@ def test_shard_map_over_the_batch(name, num_classes):
         got = pull(jnp.asarray(cotangents(16), jnp.float32))[0]
         want = exact_gradient(logits, ids) * cotangents(16)[:, None]
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_program_has_no_more_than_twice_the_equations(kind):
+    """With the gradient too, counted through all nested programs."""
+    z = jax.ShapeDtypeStruct((8, 10), jnp.float32)
+    y = jax.ShapeDtypeStruct((8,), jnp.int32) if kind == "integer" else z
+
+    def count(jaxpr):
+        total = 0
+        for equation in jaxpr.eqns:
+            total += 1
+            for value in equation.params.values():
+                if isinstance(value, ClosedJaxpr | Jaxpr):
+                    total += count(getattr(value, "jaxpr", value))
+        return total
+
+    def equations(fn):
+        return count(jax.make_jaxpr(fn)(z, y).jaxpr)
+
+    theirs = {
+        "integer": optax.softmax_cross_entropy_with_integer_labels,
+        "dense": optax.softmax_cross_entropy,
+    }[kind]
+    ours = BOTH[kind]
+    for transform in (lambda fn: fn, jax.value_and_grad):
+        want = equations(transform(lambda z, y: theirs(z, y).mean()))
+        assert equations(transform(lambda z, y: ours(z, y, reduction="mean"))) <= 2 * want
+
+
+def test_forward_mode_of_logits_that_the_program_computes():
+    """At the largest of them, which is not the label: its distance to itself is 0, not a rounding."""
+    x, t = np.full((1, 300), 1000, np.float32), np.float32(1 / 0.7)
+    x[0, 7] = 1013.3
+    z = (x * t).astype(np.float64)
+    exponentials = np.exp(z - z.max())
+    want = float(t) * exponentials[0, 7] / exponentials.sum()
+
+    def loss(x):
+        return jnp.sum(BOTH["integer"](x * t, np.array([3]), forward_mode=True))
+
+    x_dot = np.zeros_like(x)
+    x_dot[0, 7] = 1
+    got = jax.jit(lambda x: jax.jvp(loss, (x,), (x_dot,))[1])(x)
+    np.testing.assert_allclose(got, want, rtol=16 * 2.0**-24)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sce._reduction import reduce_losses, times
+from jax_sce._elementary import times
+from jax_sce._weighting import reduce_losses
 
 
 def test_sum_and_mean():

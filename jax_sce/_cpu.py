@@ -1,0 +1,319 @@
+"""The CPU backend: the native kernels (`_native/`), and the forms of the statistics that XLA's CPU
+compiler runs fast where they do not apply.
+
+XLA for CPU compiles a reduction with several operands to scalar code: without the kernels the one pass
+takes 5 to 8 times as long for ten classes, and more for more. So there rows are read for their maximum
+first, and then summed."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _chunks, _rows, native
+from ._chunks import Loop, Size
+from ._elementary import exp_difference, from_bits, soft_cap, to_bits
+from ._layout import as_laid_out, batch, classes_last, flat, of_rows, shared_or_flat
+from ._rows import Cotangent, Rows, Statistics, Targets
+
+_LONG_ROW = 256  # so many classes and more are read in blocks
+# Widths of 128 to 8000 ran equally fast, narrower ones a little slower. Written are one number a block
+# and one block a row, so both are kept small. That block is a row of its own: of 16 bits it is cut
+# again until it is short, for the compiler would widen it; of others once, since every cut is compiled.
+_BLOCK_WIDTHS = range(16, 513)
+_SHORT_16_BIT_ROW = 40
+
+
+# -- the native kernels -------------------------------------------------------------------------------
+
+
+def supports(operation: str, rows: Rows, *args: Any) -> bool:
+    """Are there kernels for these, arrays or their shapes?"""
+    targets = [x for x in args if isinstance(x, Targets)]
+    floats = [rows.logits, *(x.labels for x in targets if not x.has_ids(rows))]
+    # To a kernel, a class id of another device is a bad one.
+    ids_are_here = rows.first_class is None or not any(x.has_ids(rows) for x in targets)
+    shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
+    return (
+        all(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for x in floats)
+        and rows.softcap is None
+        and ids_are_here
+        and all(math.prod(batch(rows, x)) == 1 for x in shared)
+        and native.status().available
+    )
+
+
+def _label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
+    return _statistics(rows, "label_statistics", 3, of_rows(rows, rows.places(labels)))
+
+
+def _label_cotangent(rows: Rows, labels: Array, *factors: Array) -> Cotangent:
+    operands = (rows.places(labels), *factors)
+    return _cotangent(rows, "label_cotangent", *(of_rows(rows, x) for x in operands))
+
+
+def _target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
+    return _statistics(rows, "target_statistics", 4, *_target_operands(rows, targets))
+
+
+def _target_cotangent(rows: Rows, targets: Targets, *args: Array) -> Cotangent:
+    operands = (*_target_operands(rows, targets), *(of_rows(rows, x) for x in args))
+    return _cotangent(rows, "target_cotangent", *operands)
+
+
+KERNELS: dict[str, Callable] = {
+    "label_statistics": _label_statistics,
+    "label_cotangent": _label_cotangent,
+    "target_statistics": _target_statistics,
+    "target_cotangent": _target_cotangent,
+}
+
+
+def _statistics(rows: Rows, kernel: str, count: int, *operands: Array) -> tuple[Array, ...]:
+    logits, mask = flat(rows, rows.logits), _mask_operand(rows)
+    results = [jax.ShapeDtypeStruct(logits.shape[:1], jnp.float32)] * count
+    out = jax.ffi.ffi_call(f"jax_sce.{kernel}", results)(logits, mask, *operands)
+    return *(x.reshape(rows.row_shape) for x in out), *_rows.keeps_class(rows)
+
+
+def _cotangent(rows: Rows, kernel: str, *operands: Array) -> Cotangent:
+    """Written over the logits. If those were reshaped just before, XLA's layout assignment would copy
+    them for it; the barrier keeps it from that."""
+    logits = lax.optimization_barrier(flat(rows, rows.logits))
+    result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+    call = jax.ffi.ffi_call(f"jax_sce.{kernel}", result, input_output_aliases={0: 0})
+    out = call(logits, _mask_operand(rows), *operands)
+    return Cotangent(as_laid_out(rows, out), None)
+
+
+def _target_operands(rows: Rows, targets: Targets) -> tuple[Array, ...]:
+    """The labels, ids [N] or [N, V]; the smoothing, [1]; one over the number of classes, [N] or [1];
+    the class weights, [V], or [0] for none."""
+    has_ids = targets.has_ids(rows)
+    labels = targets.labels if has_ids else jnp.broadcast_to(targets.labels, rows.logits.shape)
+    uniform, smoothing, weights = targets.uniform, targets.label_smoothing, targets.class_weights
+    return (
+        of_rows(rows, labels) if has_ids else flat(rows, labels),
+        jnp.zeros(1, jnp.float32) if smoothing is None else smoothing.reshape(1),
+        uniform.reshape(1) if uniform.size == 1 else of_rows(rows, uniform),
+        jnp.zeros(0, jnp.float32) if weights is None else classes_last(rows, weights).reshape(-1),
+    )
+
+
+def _mask_operand(rows: Rows) -> Array:
+    """[n, V], [V] if it is the same for all rows, or [0] for none."""
+    if rows.mask is None:
+        return jnp.zeros(0, bool)
+    mask = shared_or_flat(rows, rows.mask)
+    return mask[0] if len(mask) == 1 else mask
+
+
+# -- without them -------------------------------------------------------------------------------------
+
+
+def _label_statistics_form(rows: Rows, labels: Array) -> tuple[Array, ...]:
+    stats, uncapped = _max_and_tail(rows)
+    at_label = _rows.capped_at(rows, rows.at(labels), stats.max, uncapped)
+    return *stats, at_label, *_rows.keeps_class(rows)
+
+
+def _target_statistics_form(rows: Rows, targets: Targets) -> tuple[Array, ...]:
+    stats, _ = _max_and_tail(rows)
+    again = dataclasses.replace(rows, logits=lax.optimization_barrier(rows.logits))
+    return *stats, *_rows.target_sums(again, targets, stats.max), *_rows.keeps_class(rows)
+
+
+def _label_cotangent_form(*args: Any) -> Cotangent:
+    return _on_its_own(_rows.label_cotangent(*args))
+
+
+def _target_cotangent_form(*args: Any) -> Cotangent:
+    return _on_its_own(_rows.target_cotangent(*args))
+
+
+FORMS: dict[str, Callable] = {
+    "label_statistics": _label_statistics_form,
+    "label_cotangent": _label_cotangent_form,
+    "target_statistics": _target_statistics_form,
+    "target_cotangent": _target_cotangent_form,
+}
+
+
+def _on_its_own(cotangent: Cotangent) -> Cotangent:
+    """XLA for CPU would fuse the cotangent with each of its readers, the two matrix products of a head,
+    and write its exponentials to an array, to compute them once."""
+    return cotangent._replace(logits=lax.optimization_barrier(cotangent.logits))
+
+
+def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
+    """The statistics, [N, 1], and with a soft-cap the maximum before it.
+
+    The barrier here and in `_target_statistics_form` hides one reading of the logits from the next:
+    16-bit logits that are widened for two readers, XLA for CPU would write as float32."""
+    mask, softcap = rows.mask, rows.softcap
+    last = Rows(
+        classes_last(rows, lax.optimization_barrier(rows.logits)),
+        None if mask is None else classes_last(rows, mask),
+        None if softcap is None else softcap.reshape(*batch(rows, softcap), 1),
+        None,
+        (-1,),
+    )
+    is_long = mask is None and rows.num_classes >= _LONG_ROW
+    (highest, tail), uncapped = (_in_blocks if is_long else _at_once)(last)
+    highest, tail, uncapped = (x.reshape(rows.row_shape) for x in (highest, tail, uncapped))
+    return Statistics(highest, tail), None if softcap is None else uncapped
+
+
+def _at_once(rows: Rows) -> tuple[Statistics, Array]:
+    """The statistics of rows with the classes last, and the maximum before the soft-cap, [N...] each:
+    XLA for CPU is slow on [N, 1]."""
+    uncapped = jnp.max(rows.masked(rows.uncapped(rows.logits)), axis=-1)
+    z = rows.values()
+    highest = jnp.max(z, axis=-1)
+    # One entry at the maximum is left out by its place: ties count, and nothing hangs on an equality.
+    is_first = _is_place(z, jnp.argmax(z, axis=-1))
+    # NaN if it is infinite or NaN, which XLA's maximum on CPU may pass over.
+    others = jnp.where(is_first, z - z, exp_difference(z, highest[..., None]))
+    return Statistics(highest, jnp.sum(others, axis=-1)), uncapped
+
+
+def _is_place(x: Array, place: Array) -> Array:
+    """bool, in the shape of `x`: which entries stand at `place`, [N...], on the last axis."""
+    places = lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+    return places == place[..., None].astype(jnp.int32)
+
+
+def _capped(rows: Rows, x: Array) -> Array:
+    """Of some logits of each row, [N..., ...]."""
+    if rows.softcap is None:
+        return x
+    softcap = rows.softcap[..., 0]
+    return soft_cap(x, softcap.reshape(softcap.shape + (1,) * (x.ndim - softcap.ndim)))
+
+
+def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
+    """The same for long rows without a mask.
+
+    XLA's compiler for CPU fuses a sum of exponentials with its reading only if nothing but arithmetic
+    lies between (with a `select` or a comparison it writes an N x V array), and runs it at full rate
+    only if the summed axis is short. So the row is cut into blocks that are summed whole, all but the
+    one that holds the maximum, which is taken as a row of its own. The sums are relative to the maximum
+    of the other blocks: short distances round little."""
+    num_classes = rows.num_classes
+    is_16_bit = rows.logits.dtype.itemsize == 2
+
+    def part(logits: Array) -> tuple[Statistics, Array]:
+        return _in_blocks(dataclasses.replace(rows, logits=logits))
+
+    if num_classes <= (_SHORT_16_BIT_ROW if is_16_bit else _LONG_ROW):
+        return _at_once(rows)
+    best = min(max(num_classes // 160, 50), 240)
+    divisors = [w for w in _BLOCK_WIDTHS if num_classes % w == 0 and w < num_classes]
+    width = min(divisors, key=lambda w: abs(w - best), default=min(best, num_classes // 2))
+    whole = num_classes - num_classes % width
+    if whole < num_classes:
+        (a, top_a), (b, top_b) = part(rows.logits[..., :whole]), part(rows.logits[..., whole:])
+        return _union(a, b), jnp.maximum(top_a, top_b)
+
+    blocks = rows.logits.reshape(*rows.logits.shape[:-1], num_classes // width, width)
+    # Of the logits as they are stored: to widen them here would be a second reader. The barrier keeps
+    # XLA from taking the maximum of maxima by reading all of the row again.
+    maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))
+    home = jnp.argmax(maxima, axis=-1)
+    is_home = _is_place(maxima, home)
+    uncapped = rows.uncapped(jnp.max(maxima, axis=-1))
+    second = jnp.max(jnp.where(is_home, -jnp.inf, maxima), axis=-1).astype(rows.dtype)
+    highest, second = _capped(rows, uncapped), _capped(rows, second)
+    second = jnp.where(jnp.isneginf(second), highest, second)
+    # Each step bound to the last: the memory of one is free in the next, and the blocks are read again.
+    blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))
+    tail = part(lax.optimization_barrier(_take_block(blocks, home)))[0].tail
+    blocks, second, tail = lax.optimization_barrier((blocks, second, tail))
+    wide = _capped(rows, blocks.astype(rows.dtype))
+    sums = jnp.sum(jnp.exp(wide - second[..., None, None]), axis=-1)
+    others = jnp.sum(jnp.where(is_home, 0, sums), axis=-1)
+    return Statistics(highest, tail + others * exp_difference(second, highest)), uncapped
+
+
+def _take_block(blocks: Array, index: Array) -> Array:
+    """One block of each row, [N..., width]."""
+    bits, index = to_bits(blocks), index[..., None, None]
+    block = jnp.take_along_axis(bits, index, -2, mode="promise_in_bounds")[..., 0, :]
+    return from_bits(block, blocks.dtype)
+
+
+def _union(a: Statistics, b: Statistics) -> Statistics:
+    """Of two sets of classes; -inf in all classes of one is no class."""
+    highest, lower = jnp.maximum(a.max, b.max), jnp.minimum(a.max, b.max)
+    a_leads = a.max >= b.max
+    leader, follower = (jnp.where(a_leads, *x) for x in ((a.tail, b.tail), (b.tail, a.tail)))
+    others = jnp.where(jnp.isneginf(lower), 0, (1 + follower) * exp_difference(lower, highest))
+    return Statistics(highest, leader + others + (highest - highest))
+
+
+# -- the head -----------------------------------------------------------------------------------------
+
+# The kernel's gradient is made in so many tiles of classes, if there are as many classes.
+_TILES = 8
+_TILED = 2048
+
+
+def _products(
+    hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool
+) -> tuple[Array | None, Array | None]:
+    """The backward products of a chunk, in tiles of classes: else the sum would be of two arrays [D,
+    V], and a product with a 16-bit kernel transposed would widen all of it. The kernel's is nearly
+    twice as fast so."""
+    num_classes = kernel.shape[1]
+    if num_classes < _TILED:
+        return _chunks.products(hidden, kernel, g, of_kernel, wants_hidden)
+    width = math.ceil(num_classes / _TILES)
+    is_narrow = kernel.dtype.itemsize == 2
+    bits, wide = to_bits(kernel), hidden.astype(g.dtype)
+
+    def step(i, carry):
+        of_hidden, of_kernel = carry
+        start = jnp.minimum(i * width, num_classes - width)
+
+        def tile(x):
+            return lax.dynamic_slice_in_dim(x, start, width, axis=1)
+
+        is_new = start + jnp.arange(width) >= i * width  # the last tile overlaps the one before
+        part = jnp.where(is_new, tile(g), 0)
+        if of_hidden is not None:
+            of_hidden += part @ from_bits(tile(bits), kernel.dtype).astype(g.dtype).T
+        if of_kernel is not None:
+            sums = tile(of_kernel) + wide.T @ part
+            of_kernel = lax.dynamic_update_slice_in_dim(of_kernel, sums, start, axis=1)
+        return of_hidden, of_kernel
+
+    of_hidden = jnp.zeros_like(wide) if wants_hidden and is_narrow else None
+    of_hidden, of_kernel = lax.fori_loop(0, _TILES, step, (of_hidden, of_kernel))
+    if wants_hidden and not is_narrow:
+        of_hidden = _chunks.dot(g, kernel.T)
+    return None if of_hidden is None else of_hidden.astype(hidden.dtype), of_kernel
+
+
+@jax.custom_jvp
+def _take(x: Array, ids: Array) -> Array:
+    return from_bits(_chunks.take(to_bits(x), ids), x.dtype)
+
+
+@_take.defjvp
+def _take_jvp(primals, tangents):
+    return _take(*primals), _chunks.take(tangents[0], primals[1])
+
+
+# On two cores (AVX2), chunks of 64 examples took 1.4 times as long as ones of 256, ones of 128 1.15
+# times, and 512 no less: so 256, and more where the vocabulary is small. Values alone run at full rate
+# from 64 on. 2**25 logits are 128 MiB.
+LOOP = Loop(
+    gradients=Size(logits=2**22, least=256, most=512, budget=2**25),
+    values=Size(logits=2**22, least=64, most=256, budget=2**25),
+    products=_products,
+    take=_take,
+)

@@ -1,0 +1,297 @@
+"""The values and the gradients of a linear head, chunk by chunk of the examples: its loop in plain JAX.
+
+A chunk's logits are made, the loss on logits gives their losses and their cotangent, two matrix
+products carry that to the hidden states and the kernel, and the next chunk overwrites it. Nothing of
+the loss is written here, only the order of the work. `_backend.by_loop` runs these functions by the
+loop of the platform."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _axis, _chunks, _cross_entropy
+from ._arguments import Options
+from ._chunks import Loop, Plan, Size
+from ._elementary import from_bits, to_bits
+from ._rows import compute_dtype
+from ._weighting import Losses
+
+
+class CrossEntropyAux(NamedTuple):
+    """What else the head knows of each example; 0 and -1 for those that do not count."""
+
+    log_normalizer: Array  # [N...], float32 (float64 for float64 inputs)
+    prediction: Array  # [N...], int32, the largest logit's class, the lowest of several
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hidden", "kernel", "labels", "bias", "options"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments, checked. Arrays with an entry for each example are `[N..., ...]`, `[L, n, ...]` in
+    shards, and `[C, ...]` in a chunk."""
+
+    hidden: Array  # [N..., D]
+    kernel: Array  # [D, V]
+    labels: Array  # class ids, [N...], -1 for a bad one; or distributions, [N..., V]
+    bias: Array | None  # [V]
+    options: Options
+
+    @property
+    def has_ids(self) -> bool:
+        return self.labels.ndim < self.hidden.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of losses and sums."""
+        return compute_dtype(self.kernel.dtype)
+
+    def arrays(self) -> dict[str, Array]:
+        """All that there are, by name."""
+        own = {name: getattr(self, name) for name in _OWN}
+        return {name: x for name, x in own.items() if x is not None} | self.options.arrays()
+
+    def having(self, arrays: dict[str, Any]) -> "Inputs":
+        """The same with other arrays: those, by name, and None for all others."""
+        of_options: dict[str, Any] = dict.fromkeys(self.options.arrays())
+        of_options |= {name: x for name, x in arrays.items() if name not in _OWN}
+        options = dataclasses.replace(self.options, **of_options)
+        own = {name: arrays.get(name) for name in _OWN}
+        return Inputs(**own, options=options)  # type: ignore[arg-type]
+
+    def map_examples(self, function) -> "Inputs":
+        """`function` of what each example has of its own."""
+        arrays = self.arrays()
+        return self.having({k: function(x) if k in OF_EXAMPLES else x for k, x in arrays.items()})
+
+
+_OWN = ("hidden", "kernel", "labels", "bias")
+OF_EXAMPLES = ("hidden", "labels", "valid", "weights")
+
+
+class Values(NamedTuple):
+    """What is computed of each example: [L, n], and in a chunk [C]."""
+
+    loss: Array
+    aux: CrossEntropyAux
+
+
+def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
+    """The values of examples that do not count."""
+    axes = _axis.varying(inputs.kernel) - _axis.names(inputs.options.axis_name)
+    zeros = _axis.vary(jnp.zeros(shape, inputs.dtype), axes)
+    none = _axis.vary(jnp.full(shape, -1, jnp.int32), axes)
+    return Values(zeros, CrossEntropyAux(zeros, none))
+
+
+def _plan(inputs: Inputs, size: Size) -> Plan:
+    shards, per_shard = inputs.hidden.shape[:2]
+    return _chunks.plan(
+        (shards, per_shard), inputs.kernel.shape[1], size, inputs.options.chunk_size
+    )
+
+
+def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
+    """The inputs of those examples; n, which is none, is not valid. What is not valid has a hidden
+    state of 0, before an infinity or NaN in it reaches the kernel's gradient."""
+    chunk = inputs.map_examples(lambda x: loop.take(x, ids))
+    if chunk.options.valid is None and plan.per_shard % plan.chunk == 0:
+        return chunk
+    options = chunk.options.where((ids < plan.per_shard).reshape(-1))
+    hidden = jnp.where(options.valid[:, None], chunk.hidden, 0)  # type: ignore[index]
+    return dataclasses.replace(chunk, hidden=hidden, options=options)
+
+
+def _logits(chunk: Inputs) -> Array:
+    logits = _chunks.dot(chunk.hidden, chunk.kernel.astype(chunk.hidden.dtype))
+    return logits if chunk.bias is None else logits + chunk.bias.astype(logits.dtype)[None]
+
+
+def _losses(chunk: Inputs, logits: Array) -> Losses:
+    rows = _cross_entropy.rows_of(logits, (-1,), chunk.options)
+    return _cross_entropy.losses(rows, chunk.labels, chunk.options)
+
+
+def _aux(chunk: Inputs, logits: Array, log_normalizer: Array) -> CrossEntropyAux:
+    options = chunk.options
+    if not options.return_aux:
+        none = nothing(chunk, log_normalizer.shape).aux.prediction
+        return CrossEntropyAux(log_normalizer, none)
+    place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    place += _axis.offset(options.axis_name, logits.shape[-1])
+    prediction = _axis.first_place(options.axis_name, jnp.max(logits, axis=-1), place)
+    if options.counts is not None:
+        prediction = jnp.where(options.counts, prediction, -1)
+    return CrossEntropyAux(log_normalizer, prediction)
+
+
+# -- values -------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def values(loop: Loop, inputs: Inputs) -> Values:
+    return _scan(loop, _plan(inputs, loop.values), inputs)
+
+
+@values.defjvp
+def _values_jvp(loop, primals, tangents):  # forward over reverse mode of the rule for "none"
+    return jax.jvp(functools.partial(values_forward, loop), primals, tangents)
+
+
+def values_forward(loop: Loop, inputs: Inputs) -> Values:
+    """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments. What
+    all examples share is made wide before it: in its dtype, reverse mode sums its gradient over the
+    chunks."""
+    wide = {
+        k: x if k in OF_EXAMPLES else x.astype(inputs.dtype) for k, x in inputs.arrays().items()
+    }
+    options = dataclasses.replace(inputs.options, forward_mode=True)
+    inputs = dataclasses.replace(inputs, options=options).having(wide)
+    return _scan(loop, _plan(inputs, loop.gradients), inputs)
+
+
+def _scan(loop: Loop, plan: Plan, inputs: Inputs) -> Values:
+    if plan.chunks == 0:
+        return nothing(inputs, plan.shape)
+    # The work for a weight of 0 can be left out if nobody asks for the derivative by that weight. In
+    # forward mode nobody tells what is differentiated.
+    options = inputs.options
+    worked_on = options.valid if options.forward_mode else options.counts
+    order, most = _chunks.order(plan, worked_on)
+    ids = order[:, : plan.chunks * plan.chunk]
+    starts = jnp.arange(plan.chunks, dtype=jnp.int32) * plan.chunk
+
+    @jax.checkpoint
+    def of_chunk(inputs, ids):
+        chunk = _chunk(loop, plan, inputs, ids)
+        logits = _logits(chunk)
+        losses = _losses(chunk, logits)
+        return Values(losses.loss, _aux(chunk, logits, losses.log_normalizer))
+
+    def step(_, start):
+        here = lax.dynamic_slice_in_dim(ids, start, plan.chunk, axis=1)
+        if worked_on is None:
+            return None, of_chunk(inputs, here)
+        none = nothing(inputs, (here.size,))
+        return None, lax.cond(start < most, lambda: of_chunk(inputs, here), lambda: none)
+
+    _, chunks = lax.scan(step, None, starts)
+
+    def in_place(x, rows):
+        rows = rows.reshape(plan.chunks, plan.shards, plan.chunk).swapaxes(0, 1)
+        return _chunks.put(x, ids, rows.reshape(ids.shape))
+
+    return jax.tree.map(in_place, nothing(inputs, plan.shape), chunks)
+
+
+# -- gradients ----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def gradients(
+    loop: Loop, wanted: frozenset[str], inputs: Inputs, g_loss: Array, g_log_normalizer: Array
+) -> tuple[Values, dict[str, Array]]:
+    """The values, and the cotangents of those arrays of the inputs that are wanted, by name: of
+    examples in their own dtype, and of the others, which are summed up, in the compute dtype."""
+    plan, options = _plan(inputs, loop.gradients), inputs.options
+    worked_on = options.valid if "weights" in wanted else options.counts
+    order, most = _chunks.order(plan, worked_on)
+    arrays = {k: x for k, x in inputs.arrays().items() if k in wanted}
+    shared = {k: _zeros(x, inputs.dtype) for k, x in arrays.items() if k not in OF_EXAMPLES}
+    own = {k: to_bits(_zeros(x, x.dtype)) for k, x in arrays.items() if k in OF_EXAMPLES}
+
+    def add(start, size, carry):
+        values, shared, own = carry
+        ids = lax.dynamic_slice_in_dim(order, start, size, axis=1)
+        chunk = _chunk(loop, plan, inputs, ids)
+        g = loop.take(g_loss, ids), loop.take(g_log_normalizer, ids)
+        new, shared, of_chunk = _add_chunk(loop, wanted, chunk, *g, shared)
+        return (
+            jax.tree.map(lambda x, rows: _chunks.put(x, ids, rows), values, new),
+            shared,
+            {k: _chunks.put(x, ids, to_bits(of_chunk[k])) for k, x in own.items()},
+        )
+
+    def add_chunks(count, start, size, carry):
+        return lax.fori_loop(0, count, lambda i, carry: add(start + i * size, size, carry), carry)
+
+    carry = nothing(inputs, plan.shape), shared, own
+    if plan.chunks == 0:
+        pass
+    elif worked_on is None:
+        carry = add_chunks(plan.chunks, 0, plan.chunk, carry)
+    else:  # whole chunks, and the rest in quarters
+        whole, quarter = most // plan.chunk, math.ceil(plan.chunk / 4)
+        done = whole * plan.chunk
+        carry = add_chunks(whole, 0, plan.chunk, carry)
+        carry = add_chunks((most - done + quarter - 1) // quarter, done, quarter, carry)
+    values, shared, own = carry
+    return values, shared | {k: from_bits(x, arrays[k].dtype) for k, x in own.items()}
+
+
+@gradients.defjvp
+def _gradients_jvp(loop, wanted, primals, tangents):
+    # A loop whose length is known at run time only cannot be differentiated in reverse mode.
+    def by_values(inputs, g_loss, g_log_normalizer):
+        arrays = inputs.arrays()
+
+        def values(moving):
+            values = values_forward(loop, inputs.having(arrays | moving))
+            return (values.loss, values.aux.log_normalizer), values
+
+        moving = {k: x for k, x in arrays.items() if k in wanted}
+        _, vjp, out = jax.vjp(values, moving, has_aux=True)
+        g = _axis.divided_cotangent(inputs.options.axis_name, (g_loss, g_log_normalizer))
+        cotangents = vjp(g)[0]
+        wide = {k: g if k in OF_EXAMPLES else g.astype(inputs.dtype) for k, g in cotangents.items()}
+        return out, wide
+
+    return jax.jvp(by_values, primals, tangents)
+
+
+def _zeros(x: Array, dtype: jnp.dtype) -> Array:
+    """For the cotangent of `x`, which varies over the same mesh axes."""
+    return _axis.vary(jnp.zeros(x.shape, dtype), _axis.varying(x))
+
+
+def _add_chunk(
+    loop: Loop,
+    wanted: frozenset[str],
+    chunk: Inputs,
+    g_loss: Array,
+    g_log_normalizer: Array,
+    shared: dict[str, Array],
+) -> tuple[Values, dict[str, Array], dict[str, Array]]:
+    """The values of a chunk, `shared` with its part added, and the cotangents of its examples. The loss
+    gives that of the logits, and matrix products carry it on."""
+    logits, arrays = _logits(chunk), chunk.arrays()
+    inner = {k: arrays[k] for k in wanted - {"hidden", "kernel", "bias"}}
+
+    def losses(logits, inner):
+        return _losses(chunk.having(arrays | inner), logits)[:2]
+
+    (loss, log_normalizer), vjp = jax.vjp(losses, logits, inner)
+    g = _axis.divided_cotangent(chunk.options.axis_name, (g_loss, g_log_normalizer))
+    g, cotangents = vjp(g)
+    if "bias" in wanted:
+        cotangents["bias"] = jnp.sum(g, axis=0)
+    of_hidden, of_kernel = loop.products(
+        chunk.hidden, chunk.kernel, g, shared.get("kernel"), "hidden" in wanted
+    )
+    if of_hidden is not None:
+        counts = chunk.options.counts
+        of_hidden = of_hidden if counts is None else jnp.where(counts[:, None], of_hidden, 0)
+        cotangents["hidden"] = of_hidden
+    added = {k: x + cotangents[k] for k, x in shared.items() if k != "kernel"}
+    if of_kernel is not None:
+        added["kernel"] = of_kernel
+    values = Values(loss, _aux(chunk, logits, log_normalizer))
+    return values, added, cotangents

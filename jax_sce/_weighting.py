@@ -1,0 +1,101 @@
+"""From the loss and the log-normalizer of each row to what the caller asked for: class weights, z-loss,
+weights of examples, and the reduction. What must not count is made 0 before any arithmetic, for 0 times
+NaN is NaN, in derivatives too."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from . import _axis
+from ._arguments import Options
+from ._axis import AxisName
+from ._elementary import times
+
+
+class Losses(NamedTuple):
+    """Of each example, [N...]."""
+
+    loss: Array  # weighted; 0 if it does not count
+    log_normalizer: Array  # 0 if it does not count
+    valid: Array | None  # bool, the examples that count, unless their weight is 0; None for all
+
+
+def weighted(
+    options: Options, loss: Array, log_normalizer: Array, class_weight: Array | None
+) -> Losses:
+    """The losses as the options have them, all [N...]. A loss of weight 0 is kept where it is finite:
+    it is the derivative with respect to that weight."""
+    kept = options.valid
+    if options.weights is not None:
+        of_class = loss if class_weight is None else times(class_weight, loss)
+        finite = jnp.isfinite(of_class) & jnp.isfinite(log_normalizer)
+        kept = options.where((options.weights != 0) | finite).valid
+    if kept is not None:
+        loss, log_normalizer = jnp.where(kept, loss, 0), jnp.where(kept, log_normalizer, 0)
+    if class_weight is not None:
+        loss = times(class_weight, loss)
+    if options.z_loss is not None:
+        loss = loss + options.z_loss * jnp.square(log_normalizer)
+    if options.weights is not None or options.valid is not None:
+        loss = example_weights(options, loss) * loss
+    counts = options.counts
+    if counts is not None:
+        log_normalizer = jnp.where(counts, log_normalizer, 0)
+    return Losses(loss, log_normalizer, options.valid)
+
+
+def excuse(labels: Array, options: Options) -> tuple[Array, Options]:
+    """A bad class id, -1, is none where its example does not count."""
+    if options.weights is not None:
+        options = options.where(~((labels < 0) & (options.weights == 0)))
+    if options.valid is not None:
+        labels = jnp.where(options.valid, labels, 0)
+    return labels, options
+
+
+def class_weight_of(labels: Array, options: Options) -> Array | None:
+    """[N...], the class weight of each label."""
+    weights, axis_name = options.class_weights, options.axis_name
+    if weights is None:
+        return None
+    place = jnp.maximum(labels, 0) - _axis.offset(axis_name, weights.size)
+    if axis_name is None:
+        return weights[place]
+    is_here = (place >= 0) & (place < weights.size)
+    return _axis.total(axis_name, jnp.where(is_here, weights[jnp.where(is_here, place, 0)], 0))
+
+
+def example_weights(options: Options, like: Array) -> Array:
+    """[N...], the weights of the valid examples, in the shape and dtype of `like`."""
+    weights = jnp.ones_like(like) if options.weights is None else options.weights
+    return weights if options.valid is None else jnp.where(options.valid, weights, 0)
+
+
+def mean_weights(options: Options, labels: Array | None, like: Array) -> Array | int:
+    """[N...], what a mean divides by the sum of; or the number of examples, if all weights are 1.
+    Labels are class ids, or None for distributions."""
+    class_weights = None if labels is None else options.class_weights
+    if options.weights is None and options.valid is None and class_weights is None:
+        return like.size
+    if labels is None:
+        return example_weights(options, like)
+    labels, options = excuse(labels, options)
+    weight, of_class = example_weights(options, like), class_weight_of(labels, options)
+    return weight if of_class is None else weight * of_class
+
+
+def reduce_losses(
+    losses: Array, weights: Array | int, reduction: str, batch_axis: AxisName = None
+) -> Array:
+    """Reduce losses that are weighted already; a mean divides by the sum of `weights`. A mean over no
+    weight is 0, and so is its gradient."""
+    if reduction == "none":
+        return losses
+    total = _axis.total(batch_axis, jnp.sum(losses))
+    if reduction == "sum":
+        return total
+    if isinstance(weights, int):
+        return total / max(weights * _axis.size(batch_axis), 1)
+    weight = _axis.total(batch_axis, jnp.sum(weights))
+    return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))
