@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from . import _axis, _chunks, _cpu, _rows, _split
+from . import _axis, _chunks, _cpu, _gpu, _rows, _split
 from ._axis import AxisName
 from ._chunks import Loop
 from ._rows import Cotangent, Rows, Targets
@@ -40,6 +40,7 @@ class Backend(NamedTuple):
 
 BACKENDS = {
     "cpu": Backend(_cpu.KERNELS, _cpu.supports, _cpu.FORMS, _cpu.LOOP),
+    "cuda": Backend(_gpu.KERNELS, _gpu.supports, {}, _chunks.LOOP),
 }
 _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
 

@@ -1,0 +1,289 @@
+"""The GPU backend: one kernel in Pallas (Triton) for the statistics of long rows.
+
+The plain reduction is one pass over memory as well, but in 16 bits its arithmetic takes longer than the
+memory: XLA gives each thread 8 to 16 logits and merges the threads by shuffles, some 45 instructions a
+logit. Here each lane reads its share of the row from end to end, a dozen instructions a logit, and the
+lanes are merged once.
+
+Measured on an H100 (JAX 0.11.2), the time without that of the call over that of reading the logits,
+half of a copy, of 8192 x 32000 and 8192 x 128256; the floor is 1, and 3 with the gradient:
+
+| | bfloat16 | float32 |
+|---|---|---|
+| forward: the plain reduction | 3.4, 3.4 | 1.7, 1.7 |
+| optax | 2.2, 2.0 | 2.0, 2.0 |
+| this kernel | 1.4, 1.3 | 1.1, 1.1 |
+| value and gradient: with the plain reduction | 5.6, 5.5 | 3.7, 3.7 |
+| optax | 4.4, 4.0 | 4.0, 4.0 |
+| with this kernel | 3.6, 3.5 | 3.1, 3.1 |
+
+1024 logits at a time by 4 warps; 2048 by 8 and 4096 by 8 took 1.07 and 1.22 times as long. With a
+minimum and a maximum in place of the two selects it took 0.93 of the time, but Triton's pass over NaN.
+Classes on another axis, [8, 150, 256, 256]: 2.1 reads forward in bfloat16 and 1.3 in float32, optax 2.6
+and 2.3, the plain reduction 4.4 and 2.4.
+
+What a lane carries is the largest logit so far and the sum of the exponentials of all the others,
+relative to a reference among those others that moves only when a logit exceeds it by more than 4. So
+distances are short where the sum is large, and a rescale shrinks what came before by e^-4 at least:
+little is rounded, and seldom."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _rows
+from ._elementary import exp_difference
+from ._layout import flat, of_rows, shared_or_flat
+from ._rows import Rows, Targets
+
+_LANES, _WARPS = 1024, 4
+_COLUMN_LANES, _COLUMN_WARPS = 256, 2
+_LONG_ROW = 512  # shorter rows are left to XLA
+_MARGIN = 4.0
+
+
+def supports(operation: str, rows: Rows, *args: Any) -> bool:
+    """Is there a kernel for these, arrays or their shapes?"""
+    targets = [x for x in args if isinstance(x, Targets)]
+    floats = [rows.logits, *(x.labels for x in targets if not x.has_ids(rows))]
+    is_long = rows.num_classes >= _LONG_ROW
+    is_column = not targets and rows.mask is None and len(rows.axes) == 1
+    return (
+        all(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for x in floats)
+        and (is_long if _rows.is_minor(rows) else is_column and _inner(rows) >= _COLUMN_LANES)
+        and rows.first_class is None
+        and _has_device()
+    )
+
+
+def _inner(rows: Rows) -> int:
+    """How many logits lie between two classes of an example."""
+    axis = rows.axes[-1]
+    return math.prod(rows.logits.shape[axis:][1:])
+
+
+@functools.cache
+def _has_device() -> bool:
+    """Is there a GPU that Triton compiles for? It asks the device, so that nothing can be compiled
+    without one."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return False
+    return float(getattr(device, "compute_capability", 0)) >= 8.0
+
+
+def label_statistics(rows: Rows, labels: Array, *, interpret: bool = False) -> tuple[Array, ...]:
+    if not _rows.is_minor(rows):
+        return _column_statistics(rows, labels, interpret)
+    return _statistics(rows, {"label": of_rows(rows, labels)}, 3, interpret)
+
+
+def target_statistics(
+    rows: Rows, targets: Targets, *, interpret: bool = False
+) -> tuple[Array, ...]:
+    operands, has_ids = {"uniform": of_rows(rows, targets.uniform)}, targets.has_ids(rows)
+    if has_ids:
+        operands["label"] = of_rows(rows, targets.labels)
+    else:
+        operands["target"] = flat(rows, jnp.broadcast_to(targets.labels, rows.logits.shape))
+    if targets.label_smoothing is not None:
+        operands["smoothing"] = of_rows(rows, targets.label_smoothing)
+    if targets.class_weights is not None:
+        operands["weight"] = shared_or_flat(rows, targets.class_weights)
+    highest, tail, *sums = _statistics(rows, operands, 4, interpret)
+    if has_ids:  # a bad label
+        sums[:2] = (jnp.where(targets.labels < 0, jnp.nan, x) for x in sums[:2])
+    return highest, tail, *sums
+
+
+KERNELS: dict[str, Callable] = {
+    "label_statistics": label_statistics,
+    "target_statistics": target_statistics,
+}
+
+
+def _statistics(
+    rows: Rows, operands: dict[str, Array], num_statistics: int, interpret: bool
+) -> tuple[Array, ...]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    logits = flat(rows, rows.logits)
+    operands = {"logit": logits, **operands}
+    if rows.mask is not None:
+        operands["mask"] = shared_or_flat(rows, rows.mask)
+    if rows.softcap is not None:
+        operands["softcap"] = of_rows(rows, rows.softcap)
+
+    def spec(x: Any) -> Any:
+        if len(x.shape) == 1:
+            return pl.BlockSpec((1,), lambda i: (i,))
+        return pl.BlockSpec((None, x.shape[1]), lambda i, row=int(x.shape[0] > 1): (i * row, 0))
+
+    result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(_kernel, tuple(operands)),
+        grid=logits.shape[:1],
+        in_specs=[spec(x) for x in operands.values()],
+        out_specs=[spec(result)] * (num_statistics + 1),
+        out_shape=[result] * (num_statistics + 1),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS),
+        interpret=interpret,
+    )(*operands.values())
+    highest, reference, others, *sums = (x.reshape(rows.row_shape) for x in out)
+    return *_finish(highest, reference, others), *sums, *_rows.keeps_class(rows)
+
+
+def _add(x: Array, highest: Array, reference: Array, others: Array) -> tuple[Array, Array, Array]:
+    """One more logit of each lane."""
+    # Not by minimum and maximum, which in Triton pass over NaN. Here it reaches the others.
+    is_lower = highest >= x
+    low, high = jnp.where(is_lower, x, highest), jnp.where(is_lower, highest, x)
+    distance = low - reference
+    moves = distance > _MARGIN
+    scale = jnp.exp(jnp.where(moves, -distance, distance))
+    others = jnp.where(moves, others * scale + 1, others + scale)
+    return high, jnp.where(moves, low, reference), others
+
+
+def _finish(highest: Array, reference: Array, others: Array) -> tuple[Array, Array]:
+    """The maximum and the tail; NaN if the maximum is infinite."""
+    highest = jnp.where(jnp.isnan(others), jnp.nan, highest)
+    return highest, others * exp_difference(reference, highest) + (highest - highest)
+
+
+def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Array, ...]:
+    """Of classes on another axis than the last: each lane has a row of its own."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    num_classes, inner = rows.num_classes, _inner(rows)
+    of_row = (math.prod(rows.row_shape) // inner, inner)
+    operands = [rows.logits.reshape(of_row[0], num_classes, inner)]
+    for x in (labels, rows.softcap):
+        if x is not None:
+            operands.append(jnp.broadcast_to(x, rows.row_shape).reshape(of_row))
+
+    def kernel(logits, labels, *refs):
+        lanes = pl.program_id(1) * _COLUMN_LANES + jnp.arange(_COLUMN_LANES, dtype=jnp.int32)
+        place, exists = pl.ds(pl.program_id(1) * _COLUMN_LANES, _COLUMN_LANES), lanes < inner
+        label = triton.load(labels.at[place], mask=exists, other=0)
+        softcap, results = refs[:-4], refs[-4:]
+
+        def step(i, carry):
+            highest, reference, others, at_label = carry
+            x = triton.load(logits.at[i, place], mask=exists, other=0.0).astype(jnp.float32)
+            if softcap:
+                cap = triton.load(softcap[0].at[place], mask=exists, other=1.0)
+                x = cap * jnp.tanh(x / cap)
+            return *_add(x, highest, reference, others), jnp.where(i == label, x, at_label)
+
+        init = (-jnp.inf, float(jnp.finfo(jnp.float32).min), 0.0, -jnp.inf)
+        carry = tuple(jnp.full((_COLUMN_LANES,), x, jnp.float32) for x in init)
+        for ref, x in zip(results, lax.fori_loop(0, num_classes, step, carry), strict=True):
+            triton.store(ref.at[place], x, mask=exists)
+
+    def spec(x):
+        return pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, *[0] * (len(x.shape) - 1)))
+
+    result = jax.ShapeDtypeStruct(of_row, jnp.float32)
+    *sums, at_label = pl.pallas_call(
+        kernel,
+        grid=(of_row[0], pl.cdiv(inner, _COLUMN_LANES)),
+        in_specs=[spec(x) for x in operands],
+        out_specs=[spec(result)] * 4,
+        out_shape=[result] * 4,
+        compiler_params=triton.CompilerParams(num_warps=_COLUMN_WARPS),
+        interpret=interpret,
+    )(*operands)
+    return tuple(x.reshape(rows.row_shape) for x in (*_finish(*sums), at_label))
+
+
+def _kernel(names: tuple[str, ...], *refs: Any) -> None:
+    """The statistics of one row. `refs` are its operands, by name, and then its results: the maximum,
+    the reference, the sum relative to it, and the logit at the label or the two sums of targets."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    inputs, results = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    num_classes = inputs["logit"].shape[0]
+    lanes = jnp.arange(_LANES, dtype=jnp.int32)
+    has_targets = "uniform" in inputs
+    # A logit that is stored can be read again; one that is computed is picked as it passes.
+    picks_label = not has_targets and ("softcap" in inputs or "mask" in inputs)
+
+    def load(name: str, start: Array, other: Any) -> Array:
+        is_class = start + lanes < num_classes
+        return triton.load(inputs[name].at[pl.ds(start, _LANES)], mask=is_class, other=other)
+
+    def logit(start: Array) -> Array:
+        """-inf where there is no class: after the soft-cap, which would make a finite number of it."""
+        x = load("logit", start, -jnp.inf).astype(jnp.float32)
+        if "softcap" in inputs:
+            cap = inputs["softcap"][0]
+            x = jnp.where(start + lanes < num_classes, cap * jnp.tanh(x / cap), -jnp.inf)
+        return jnp.where(load("mask", start, False), x, -jnp.inf) if "mask" in inputs else x
+
+    def target(start: Array) -> Array:
+        if "target" in inputs:
+            y = load("target", start, 0.0).astype(jnp.float32)
+        else:
+            y = jnp.where(start + lanes == inputs["label"][0], 1.0, 0.0)
+        kept = load("mask", start, False) if "mask" in inputs else start + lanes < num_classes
+        if "target" in inputs:
+            y = jnp.where(kept, y, 0.0)
+        if "smoothing" in inputs:
+            smoothing = inputs["smoothing"][0]
+            y = (1 - smoothing) * y + smoothing * jnp.where(kept, inputs["uniform"][0], 0.0)
+        return y * load("weight", start, 0.0) if "weight" in inputs else y
+
+    def moved(y: Array, x: Array, highest: Array) -> Array:
+        """What `y` of mass at `x` adds to the sum of `y (z - max)`."""
+        return jnp.where((y == 0) | (x == highest), 0.0, y * (x - highest))
+
+    def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        highest, reference, others, *sums = carry
+        start = i * _LANES
+        x = logit(start)
+        high, reference, others = _add(x, highest, reference, others)
+        if has_targets:
+            y, (target_sum, target_dot) = target(start), sums
+            target_dot += moved(target_sum, highest, high) + moved(y, x, high)
+            sums = [target_sum + y, target_dot]
+        elif picks_label:
+            sums = [jnp.where(start + lanes == inputs["label"][0], x, sums[0])]
+        return high, reference, others, *sums
+
+    def full(value: float) -> Array:
+        return jnp.full((_LANES,), value, jnp.float32)
+
+    none = (full(0.0), full(0.0)) if has_targets else (full(-jnp.inf),) if picks_label else ()
+    lowest = float(jnp.finfo(jnp.float32).min)
+    init = (full(-jnp.inf), full(lowest), full(0.0), *none)
+    highest, reference, others, *sums = lax.fori_loop(0, pl.cdiv(num_classes, _LANES), step, init)
+
+    # The lanes' maxima join the others, all but one of the largest.
+    top = jnp.max(highest)
+    leads = highest == top
+    lower = jnp.where(leads, -jnp.inf, highest)
+    ties = jnp.sum(jnp.where(leads, 1.0, 0.0)) - 1
+    common = jnp.maximum(jnp.max(jnp.maximum(reference, lower)), jnp.where(ties > 0, top, lowest))
+    total = jnp.sum(others * jnp.exp(reference - common) + jnp.exp(lower - common))
+    results[0][0] = top
+    results[1][0] = common
+    results[2][0] = total + jnp.where(ties > 0, ties * jnp.exp(top - common), 0.0)
+    if has_targets:
+        target_sum, target_dot = sums
+        results[3][0] = jnp.sum(target_sum)
+        results[4][0] = jnp.sum(target_dot + moved(target_sum, highest, top))
+    elif picks_label:
+        results[3][0] = jnp.max(sums[0])
+    else:
+        label = jnp.clip(inputs["label"][0], 0, num_classes - 1)
+        results[3][0] = triton.load(inputs["logit"].at[label]).astype(jnp.float32)
