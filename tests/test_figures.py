@@ -22,11 +22,14 @@ def find(rows, **wanted):
     return row
 
 
-def logits_lines(rows):
+CPU_SHAPES = ([65536, 10], [4096, 1000], [512, 32000], [128, 128256])
+
+
+def logits_lines(rows, shapes=CPU_SHAPES):
     """Ours, as a ratio to optax's time: with class ids, and with distributions where those were run."""
     passes = ("forward", "value_and_grad", "donated_gradient")
     for dtype in ("float32", "bfloat16"):
-        for shape in ([65536, 10], [4096, 1000], [512, 32000], [128, 128256]):
+        for shape in shapes:
             cells = []
             for subject in ("logits", "distributions"):
                 own = {"subject": subject, "dtype": dtype, "shape": shape, "peer": "jax_sce"}
@@ -57,6 +60,22 @@ def head_lines(rows):
             memory = row["temporary_bytes"]
             cells.append("" if memory is None else f"{memory / 2**20:.0f}")
         yield f"| {peer} | {' | '.join(cells)} |"
+
+
+def test_the_tables_of_the_gpu():
+    rows = rows_of("h100.json") + rows_of("h100_heads.json")
+    for line in logits_lines(rows, ([8192, 32000], [8192, 128256], [4096, 1000])):
+        assert line in README
+    for shape in ([8192, 2304, 256000], [4096, 4096, 128256], [32768, 2560, 128256],
+                  [32768, 4096, 128256]):  # fmt: skip
+        cells = []
+        for peer in ("floor", "naive", "jax_sce"):
+            row = find(rows, subject="linear", shape=shape, dtype="bfloat16", peer=peer,
+                       pass_name="value_and_grad")  # fmt: skip
+            time = "" if row["seconds"] is None else f"{1e3 * row['seconds']['median']:.1f}"
+            cells += [time] + [f"{row['temporary_bytes'] / 2**30:.1f}"] * (peer != "floor")
+        line = f"| {' x '.join(map(str, shape))} | {' | '.join(cells)} |"
+        assert line.replace("|  |", "| |") in README
 
 
 @pytest.mark.parametrize("lines", [logits_lines, head_lines])
