@@ -148,9 +148,9 @@ def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]
             wide = np.asarray(x, dtype=object)
         except ValueError:
             return x, ignored  # `integers` says what is wrong
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in wide.flat):
+        if not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in wide.flat):
             return x, ignored
-        wide = np.clip(wide, -(2**63), 2**63 - 1).astype(np.int64)
+        wide = np.asarray(np.clip(wide, -(2**63), 2**63 - 1)).astype(np.int64)
     elif isinstance(x, np.ndarray | np.generic) and x.dtype in (np.int64, np.uint64):
         wide = np.asarray(x)
     else:

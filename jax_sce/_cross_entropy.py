@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from . import _arguments, _axis, _backend, _rows, _split
 from ._arguments import Options
 from ._axis import AxisName
+from ._elementary import below
 from ._label_check import checked, is_class
 from ._rows import Rows, Statistics, Targets
 from ._weighting import Losses, class_weight_of, excuse, mean_weights, reduce_losses, weighted
@@ -461,7 +462,6 @@ def _label_jvp(primals, tangents):
     @jax.checkpoint
     def tangent(residuals, rows_dot):
         rows, labels, counts, distance, stats = residuals
-        rows = _rows.read_again(rows)
         z_dot = _rows.tangent_of(Rows.values, rows, rows_dot)
 
         def dot(*g):
@@ -469,7 +469,8 @@ def _label_jvp(primals, tangents):
                 _rows.only(counts, x, stats.tail) for x in _rows.label_factors(distance, stats, *g)
             ]
             operands = map(rows.expand, (labels, stats.max, *factors))
-            return jnp.sum(_rows.label_cotangent_of_values(rows, *operands) * z_dot, rows.axes)
+            of_values = _rows.label_cotangent_of_values(rows, *operands, subtract=below)
+            return jnp.sum(of_values * z_dot, rows.axes)
 
         return _by_outputs(dot, rows, distance, out.kept)
 
@@ -491,13 +492,14 @@ def _target_jvp(primals, tangents):
     @jax.checkpoint
     def tangent(residuals, moving):
         rows, targets, counts, target_sum, stats = residuals
-        rows, targets = _rows.read_again(rows, targets)
 
         def dot(*g):
             sums = jnp.zeros_like(target_sum)
             if "rows" in moving:
                 operands = map(rows.expand, (*stats, target_sum, *g))
-                of_values = _rows.target_cotangent_of_values(rows, targets, *operands)
+                of_values = _rows.target_cotangent_of_values(
+                    rows, targets, *operands, subtract=below
+                )
                 probe = rows.expand(stats.tail + target_sum)
                 of_values = _rows.only(_expanded(rows, counts), of_values, probe)
                 z_dot = _rows.tangent_of(Rows.values, rows, moving["rows"])

@@ -348,10 +348,16 @@ def label_cotangent(
 
 
 def label_cotangent_of_values(
-    rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array
+    rows: Rows,
+    labels: Array,
+    highest: Array,
+    at_label: Array,
+    elsewhere: Array,
+    *,
+    subtract: Callable = jnp.subtract,
 ) -> Array:
-    """The same of `rows.values()`, [N, V]."""
-    exponentials = jnp.exp(rows.values() - highest)
+    """The same of `rows.values()`, [N, V]. Where no barrier lies before it, subtract by `below`."""
+    exponentials = jnp.exp(subtract(rows.values(), highest))
     is_lost = (elsewhere == 0) & ~jnp.isfinite(highest)  # then `at_label` is 0, too
     return jnp.where((rows.classes() == labels) | is_lost, at_label, elsewhere * exponentials)
 
@@ -421,9 +427,11 @@ def target_cotangent_of_values(
     target_sum: Array,
     g_loss: Array,
     g_log_normalizer: Array,
+    *,
+    subtract: Callable = jnp.subtract,
 ) -> Array:
     """The same of `rows.values()`, [N, V]."""
-    y, distance, normalizer = targets.values(rows), rows.values() - highest, 1 + tail
+    y, distance, normalizer = targets.values(rows), subtract(rows.values(), highest), 1 + tail
     exponentials = jnp.exp(distance)
     # o_j sum(y) - y_j = ((sum(y) - y_j) + sum(y) (e^d - 1) - y_j tail) / S does not cancel near the
     # maximum.
