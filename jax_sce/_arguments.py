@@ -141,8 +141,8 @@ def class_ids(x: ArrayLike, ignore_index: Any) -> tuple[Array, int | None]:
 
 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
-    """NumPy's 64-bit labels, and Python's, in 32 bits. JAX would cut them, and so make another class of
-    a bad label: what does not fit becomes a bad label that does, and is ignored if it was."""
+    """NumPy's and Python's integers in 32 bits. JAX would cut larger ones, and a bad label would become
+    another class. Here it becomes a bad label that fits, and stays ignored if it was."""
     if isinstance(x, int | list | tuple):  # of Python integers, however large
         try:
             wide = np.asarray(x, dtype=object)

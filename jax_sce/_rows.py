@@ -134,8 +134,8 @@ class Rows:
         return self.masked(self.capped(self.masked(self.logits.astype(self.dtype), 0)))
 
     def uncapped(self, x: Array) -> Array:
-        """Of some logits: widened, and what a soft-cap is applied to. -inf is left for what is not
-        there."""
+        """Widen logits; with a soft-cap, raise -inf to the lowest finite number: -inf marks masked
+        ones."""
         x = x.astype(self.dtype)
         return x if self.softcap is None else jnp.maximum(x, jnp.finfo(x.dtype).min)
 
