@@ -100,8 +100,9 @@ def _plan(inputs: Inputs, size: Size) -> Plan:
 
 
 def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
-    """The inputs of those examples. The id n stands for no example, which is not valid. Examples that are
-    not valid get a hidden state of 0, before an infinity or NaN in it reaches the kernel's gradient."""
+    """The inputs of those examples. The id n stands for no example, which is not valid. Examples that
+    are not valid get a hidden state of 0, before an infinity or NaN in it reaches the kernel's
+    gradient."""
     chunk = inputs.map_examples(lambda x: loop.take(x, ids))
     if chunk.options.valid is None and plan.per_shard % plan.chunk == 0:
         return chunk
