@@ -116,11 +116,16 @@ def _bind(operation: Operation, *args: Any) -> list[Array]:
     # The compiler lays out what is between the arguments and the results; those follow the logits.
     spec = [*sharding.spec, *[None] * (rows.logits.ndim - len(sharding.spec))]
     of_rows = [None if a - len(spec) in rows.axes else axis for a, axis in enumerate(spec)]
-    specs = [of_rows] * (operation.num_statistics + (rows.mask is not None))
-    if not operation.num_statistics:
-        specs = [spec] if rows.softcap is None else [spec, of_rows]
+    specs = _results(operation, rows, spec, of_rows)
     out = [NamedSharding(sharding.mesh, PartitionSpec(*x)) for x in specs]
     return jax.sharding.auto_axes(bind, out_sharding=out)(*leaves)
+
+
+def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> list[Any]:
+    """One entry for each result: `of_logits` for [N, V], `of_row` for [N, 1]."""
+    if operation.num_statistics:
+        return [of_row] * (operation.num_statistics + (rows.mask is not None))
+    return [of_logits] if rows.softcap is None else [of_logits, of_row]
 
 
 @functools.cache
@@ -137,9 +142,7 @@ def _primitive(operation: Operation):
         rows = jax.tree.unflatten(tree, leaves)[0]
         logits = rows.logits.update(weak_type=False)
         of_row = logits.update(shape=rows.row_shape, dtype=rows.dtype)
-        if operation.num_statistics:
-            return [of_row] * (operation.num_statistics + (rows.mask is not None))
-        return [logits] if rows.softcap is None else [logits, of_row]
+        return _results(operation, rows, logits, of_row)
 
     def lower(platform: str | None, context, *leaves, tree):
         chosen, context = _choose(operation, platform, context, tree)
@@ -152,7 +155,7 @@ def _primitive(operation: Operation):
             dots = [zero(t.aval) if isinstance(t, ad.Zero) else t for t in dots]
             args, dots = jax.tree.unflatten(tree, primals), jax.tree.unflatten(tree, dots)
             return out, list(operation.tangents(tuple(out), args, dots))
-        # What does not move gets no tangent of 0, which an infinity would make NaN.
+        # Leave out arguments that do not move: infinity times their tangent of 0 would be NaN.
         moving = {i: t for i, t in enumerate(dots) if not isinstance(t, ad.Zero)}
 
         def of_moving(moved):

@@ -17,7 +17,15 @@ from jax import Array, lax
 from . import _chunks, _rows, native
 from ._chunks import Loop, Size
 from ._elementary import exp_difference, from_bits, soft_cap, to_bits
-from ._layout import as_laid_out, batch, classes_last, flat, of_rows, shared_or_flat
+from ._layout import (
+    as_laid_out,
+    batch,
+    classes_last,
+    flat,
+    is_16_or_32_bit,
+    of_rows,
+    shared_or_flat,
+)
 from ._rows import Cotangent, Rows, Statistics, Targets
 
 _LONG_ROW = 256  # so many classes and more are read in blocks
@@ -34,12 +42,11 @@ _SHORT_16_BIT_ROW = 40
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
     """Are there kernels for these, arrays or their shapes?"""
     targets = [x for x in args if isinstance(x, Targets)]
-    floats = [rows.logits, *(x.labels for x in targets if not x.has_ids(rows))]
     # To a kernel, a class id of another device is a bad one.
     ids_are_here = rows.first_class is None or not any(x.has_ids(rows) for x in targets)
     shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
     return (
-        all(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for x in floats)
+        is_16_or_32_bit(rows, targets)
         and rows.softcap is None
         and ids_are_here
         and all(math.prod(batch(rows, x)) == 1 for x in shared)

@@ -286,7 +286,7 @@ def _keeps_class(rows: Rows) -> Array | None:
 
 
 def rows_of(logits: Array, axes: tuple[int, ...], options: Options) -> Rows:
-    """Rows of which all classes are there; `axes` are counted from the last."""
+    """Rows without a mask; `axes` are counted from the last."""
     softcap, first_class = options.softcap, None
     if softcap is not None:
         softcap = softcap.reshape((1,) * logits.ndim)
@@ -349,7 +349,7 @@ def _targets(rows: Rows, labels: Array, options: Options, uniform: Array | None)
 class _Out(NamedTuple):
     loss: Array  # [N...]
     log_normalizer: Array  # [N...]
-    kept: list[Array]  # [N...], with a mask: 1.0 for rows of which it keeps a class, else 0.0
+    kept: list[Array]  # empty without a mask, else [N...]: 1.0 for rows that keep a class, or 0.0
 
 
 def _squeezed(rows: Rows, statistics: tuple[Array, ...], count: int) -> list[Any]:

@@ -38,7 +38,7 @@ from jax import Array, lax
 
 from . import _rows
 from ._elementary import exp_difference
-from ._layout import flat, of_rows, shared_or_flat
+from ._layout import flat, is_16_or_32_bit, of_rows, shared_or_flat
 from ._rows import Rows, Targets
 
 _LANES, _WARPS = 1024, 4
@@ -50,11 +50,10 @@ _MARGIN = 4.0
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
     """Is there a kernel for these, arrays or their shapes?"""
     targets = [x for x in args if isinstance(x, Targets)]
-    floats = [rows.logits, *(x.labels for x in targets if not x.has_ids(rows))]
     is_long = rows.num_classes >= _LONG_ROW
     is_column = not targets and rows.mask is None and len(rows.axes) == 1
     return (
-        all(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for x in floats)
+        is_16_or_32_bit(rows, targets)
         and (is_long if _rows.is_minor(rows) else is_column and _inner(rows) >= _COLUMN_LANES)
         and rows.first_class is None
         and _has_device()

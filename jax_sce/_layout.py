@@ -6,7 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from ._rows import Rows
+from ._rows import Rows, Targets
+
+
+def is_16_or_32_bit(rows: Rows, targets: list[Targets]) -> bool:
+    """Do logits and distributions, arrays or their shapes, have a dtype that kernels take?"""
+    floats = [rows.logits, *(x.labels for x in targets if not x.has_ids(rows))]
+    return all(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for x in floats)
 
 
 def batch(rows: Rows, x: Any) -> tuple[int, ...]:

@@ -270,7 +270,7 @@ def is_minor(rows: Rows) -> bool:
 
 # -- the row operations: integer labels ---------------------------------------------------------------
 # A backend may compute these instead. Labels are class ids, int32, [N, 1]. With a mask, the statistics
-# end with one more number: 1.0 for rows of which it keeps a class, else 0.0.
+# end with one more number: 1.0 for rows that keep a class, 0.0 for the others.
 
 
 def with_tangents(tangents: Callable) -> Callable[[Callable], Callable]:
@@ -508,7 +508,7 @@ def distances(rows: Rows, highest: Array) -> Array:
 
 
 def keeps_class(rows: Rows) -> tuple[Array, ...]:
-    """1.0 for rows of which the mask keeps a class, else 0.0, [N, 1]; nothing without a mask."""
+    """[N, 1]: 1.0 for rows that keep a class, 0.0 for the others; nothing without a mask."""
     if rows.mask is None:
         return ()
     mask = jnp.broadcast_to(rows.mask, rows.logits.shape)

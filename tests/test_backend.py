@@ -100,7 +100,7 @@ def test_a_kernel_is_called_for_its_operation_alone(use, kernel, form):
 
 
 def test_a_kernel_is_asked_what_it_computes(use, kernel, form):
-    """With the arguments of the operation, of which there are no more than shapes yet."""
+    """With the arguments of the operation, which are only shapes yet."""
     asked = []
 
     def supports(operation, rows, *args):
