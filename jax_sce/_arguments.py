@@ -1,10 +1,10 @@
 """The arguments, checked once: converted to arrays, refused in one wording each, and passed on whole."""
 
 import dataclasses
-import functools
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -15,18 +15,13 @@ from jax.typing import ArrayLike
 
 from . import _axis
 from ._axis import AxisName
-from ._rows import compute_dtype
+from ._rows import STATIC, compute_dtype
 
 REDUCTIONS = ("none", "sum", "mean")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["valid", "weights", "label_smoothing", "class_weights", "z_loss", "softcap"],
-    meta_fields=["ignore_index", "reduction", "axis_name", "batch_axis", "forward_mode", "return_aux",
-                 "chunk_size"],
-)  # fmt: skip
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What every loss takes besides logits and labels. None where an array is not used, so that it costs
@@ -38,13 +33,13 @@ class Options:
     class_weights: Array | None = None  # [V]
     z_loss: Array | None = None  # scalar
     softcap: Array | None = None  # scalar
-    ignore_index: int | None = None
-    reduction: str = "none"
-    axis_name: AxisName = None  # the mesh axis over which the classes are split
-    batch_axis: AxisName = None  # the mesh axis of the examples, if a reduction is over all of them
-    forward_mode: bool = False
-    return_aux: bool = False
-    chunk_size: int | None = None
+    ignore_index: int | None = field(default=None, metadata=STATIC)
+    reduction: str = field(default="none", metadata=STATIC)
+    axis_name: AxisName = field(default=None, metadata=STATIC)  # that splits the classes
+    batch_axis: AxisName = field(default=None, metadata=STATIC)  # of a reduction over all examples
+    forward_mode: bool = field(default=False, metadata=STATIC)
+    return_aux: bool = field(default=False, metadata=STATIC)
+    chunk_size: int | None = field(default=None, metadata=STATIC)
 
     def arrays(self) -> dict[str, Array]:
         """Those that are used, by name."""
@@ -69,36 +64,35 @@ class Options:
 _ARRAYS = ("valid", "weights", "label_smoothing", "class_weights", "z_loss", "softcap")
 
 
-# fmt: off
 def options(
     dtype: jnp.dtype, batch: tuple[int, ...], num_classes: int, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike, class_weights: ArrayLike | None, weights: ArrayLike | None,
     z_loss: ArrayLike, softcap: ArrayLike | None, reduction: str, axis_name: AxisName,
     forward_mode: bool, return_aux: bool = False, chunk_size: int | None = None,
-) -> Options:
+) -> Options:  # fmt: skip
     """The options of a loss of examples [N...] with logits of that dtype, by their public names."""
     dtype = compute_dtype(dtype)
-    smoothing = scalar_or_none("label_smoothing", label_smoothing, dtype)
-    number_in("label_smoothing", label_smoothing, 0, 1, "[0, 1]")
-    cap = None
-    if softcap is not None:
-        number_in("softcap", softcap, 0, float("inf"), "(0, inf)")
-        cap = scalar("softcap", softcap).astype(dtype)
-    one_of("reduction", reduction, REDUCTIONS)
+
+    def number(name: str, x: ArrayLike, interval: str | None = None) -> Array | None:
+        value = scalar(name, x, interval).astype(dtype)
+        return None if isinstance(x, int | float) and x == 0 else value
+
+    def numbers(name: str, x: ArrayLike | None, expected: tuple[int, ...]) -> Array | None:
+        return None if x is None else array(name, x, "real", expected).astype(dtype)
+
     return Options(
-        weights=real_or_none("weights", weights, batch, dtype),
-        label_smoothing=smoothing,
-        class_weights=real_or_none("class_weights", class_weights, (num_classes,), dtype),
-        z_loss=scalar_or_none("z_loss", z_loss, dtype),
-        softcap=cap,
-        ignore_index=integer_or_none("ignore_index", ignore_index),
-        reduction=reduction,
-        axis_name=mesh_axis("axis_name", axis_name),
+        weights=numbers("weights", weights, batch),
+        label_smoothing=number("label_smoothing", label_smoothing, "[0, 1]"),
+        class_weights=numbers("class_weights", class_weights, (num_classes,)),
+        z_loss=number("z_loss", z_loss),
+        softcap=None if softcap is None else number("softcap", softcap, "(0, inf)"),
+        ignore_index=ignore_index,
+        reduction=one_of("reduction", reduction, REDUCTIONS),
+        axis_name=manual_axes("axis_name", axis_name),
         forward_mode=flag("forward_mode", forward_mode),
         return_aux=flag("return_aux", return_aux),
         chunk_size=positive_or_none("chunk_size", chunk_size),
     )
-# fmt: on
 
 
 # -- masks and labels ---------------------------------------------------------------------------------
@@ -109,9 +103,9 @@ def masks(
 ) -> tuple[Array | None, Array | None]:
     """`where` as a mask of examples, [N...], or of classes, of the logits' rank. The rank alone
     decides."""
-    where = boolean_or_none("where", where)
     if where is None:
         return None, None
+    where = array("where", where, "bool")
     batch = batch_shape(logits_shape, axes)
     if where.ndim == len(logits_shape) and _broadcasts(where.shape, logits_shape):
         return None, where
@@ -132,43 +126,44 @@ def batch_shape(logits_shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[i
     return tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
 
 
-def class_ids(x: ArrayLike, ignore_index: Any) -> tuple[Array, int | None]:
-    """Labels as an array of integers, and `ignore_index` as it is among them."""
+def labels(x: ArrayLike, has_ids: bool, ignore_index: Any) -> tuple[Array, int | None]:
+    """Labels as an array, of integers if they are class ids, and `ignore_index` as it is among them."""
     ignored = integer_or_none("ignore_index", ignore_index)
+    if not has_ids:
+        return array("labels", x, "real"), ignored
     if not isinstance(x, jax.Array) and jax.dtypes.canonicalize_dtype(np.int64) == np.int32:
         x, ignored = _narrowed(x, ignored)
-    return integers("labels", x), ignored
+    return array("labels", x, "integer"), ignored
 
 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
     """NumPy's and Python's integers in 32 bits. JAX would cut larger ones, and a bad label would become
-    another class. Here it becomes a bad label that fits, and stays ignored if it was."""
+    another class: here all bad labels become -1, and ignored ones -2."""
     if isinstance(x, int | list | tuple):  # of Python integers, however large
         try:
             wide = np.asarray(x, dtype=object)
         except ValueError:
-            return x, ignored  # `integers` says what is wrong
+            return x, ignored  # `array` says what is wrong
         if not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in wide.flat):
             return x, ignored
-        wide = np.asarray(np.clip(wide, -(2**63), 2**63 - 1)).astype(np.int64)
     elif isinstance(x, np.ndarray | np.generic) and x.dtype in (np.int64, np.uint64):
         wide = np.asarray(x)
     else:
         return x, ignored
-    info = np.iinfo(np.int32)
-    fits = wide <= info.max
-    if wide.dtype == np.int64:
-        fits &= wide >= info.min
-    if fits.all():
+    fits = (wide >= np.iinfo(np.int32).min) & (wide <= np.iinfo(np.int32).max)
+    if np.all(fits):
         return wide.astype(np.int32), ignored
-    signed, kept = wide.astype(np.int64), np.iinfo(wide.dtype)
-    if ignored is None or info.min <= ignored <= info.max:
-        bad = info.min if ignored != info.min else info.min + 1
-        return np.where(fits, signed, bad).astype(np.int32), ignored
-    # The lowest label stands for the ignored one, and what was that before, a bad label, is the next.
-    is_ignored = wide == ignored if kept.min <= ignored <= kept.max else False
-    other = np.where(fits & (signed != info.min), signed, info.min + 1)
-    return np.where(is_ignored, info.min, other).astype(np.int32), info.min
+    narrow = np.where(fits, wide, 0).astype(np.int32)
+    narrow = np.where(fits & (narrow >= 0), narrow, -1)
+    return np.where(wide == ignored, -2, narrow).astype(np.int32), None if ignored is None else -2
+
+
+def rank_of_labels(x: ArrayLike) -> int:
+    """The number of their axes, before their dtype is known."""
+    try:
+        return np.ndim(x)
+    except ValueError:
+        return array("labels", x, "real").ndim  # says what is wrong
 
 
 def not_ignored(labels: Array, ignore_index: int | None) -> Array | None:
@@ -183,69 +178,30 @@ def not_ignored(labels: Array, ignore_index: int | None) -> Array | None:
 
 # -- arrays -------------------------------------------------------------------------------------------
 
-
-def floating(name: str, x: ArrayLike) -> Array:
-    """`x` as an array of floats, real and not complex."""
-    array = _array(name, x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
-    _check_computed(name, array)
-    return array
+_KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "floating": ("have a floating dtype", (jnp.floating,)),
+    "integer": ("have an integer dtype", (jnp.integer,)),  # bool is not an integer here
+    "bool": ("have dtype bool", (jnp.bool_,)),
+    "real": ("have a real dtype", (jnp.floating, jnp.integer, jnp.bool_)),
+}
 
 
-def integers(name: str, x: ArrayLike) -> Array:
-    """`x` as an array of integers; bool is not an integer here."""
-    array = _array(name, x)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
-    return array
-
-
-def real(name: str, x: ArrayLike) -> Array:
-    """`x` as an array of floats, integers or bools."""
-    array = _array(name, x)
-    if not any(jnp.issubdtype(array.dtype, d) for d in (jnp.floating, jnp.integer, jnp.bool_)):
-        raise TypeError(f"{name} must be real, got dtype {array.dtype}")
-    _check_computed(name, array)
-    return array
-
-
-def real_or_none(
-    name: str, x: ArrayLike | None, expected: tuple[int, ...], dtype: jnp.dtype
-) -> Array | None:
-    if x is None:
-        return None
-    array = real(name, x).astype(dtype)
-    shape(name, array, expected)
-    return array
-
-
-def _check_computed(name: str, x: Array) -> None:
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.name not in FLOATS:
-        raise TypeError(f"{name} must have a dtype among {', '.join(FLOATS)}, got {x.dtype}")
-
-
-def boolean_or_none(name: str, x: ArrayLike | None) -> Array | None:
-    """`x` as an array of bools."""
-    if x is None:
-        return None
-    array = _array(name, x)
-    if array.dtype != jnp.bool_:
-        raise TypeError(f"{name} must have dtype bool, got {array.dtype}")
-    return array
-
-
-def scalar(name: str, x: ArrayLike) -> Array:
-    """`x` as a real scalar array."""
-    array = real(name, x)
-    shape(name, array, ())
-    return array
-
-
-def scalar_or_none(name: str, x: ArrayLike, dtype: jnp.dtype) -> Array | None:
-    """A scalar option as an array; None for the number zero, which switches it off."""
-    array = scalar(name, x).astype(dtype)
-    return None if isinstance(x, int | float) and x == 0 else array
+def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None = None) -> Array:
+    """`x` as an array of a dtype of that kind and, if one is expected, of that shape."""
+    if x is None or isinstance(x, str):
+        raise TypeError(f"{name} must be an array, got {x!r}")
+    try:
+        out = jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from error
+    what, dtypes = _KINDS[kind]
+    if not any(jnp.issubdtype(out.dtype, dtype) for dtype in dtypes):
+        raise TypeError(f"{name} must {what}, got {out.dtype}")
+    if jnp.issubdtype(out.dtype, jnp.floating) and out.dtype.name not in FLOATS:
+        raise TypeError(f"{name} must have a dtype among {', '.join(FLOATS)}, got {out.dtype}")
+    if expected is not None:
+        shape(name, out, expected)
+    return out
 
 
 def shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
@@ -253,16 +209,18 @@ def shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
 
 
-def number_in(name: str, x: ArrayLike, low: float, high: float, interval: str) -> None:
-    """Refuse a scalar that lies outside an interval, if its value is known when tracing."""
-    scalar(name, x)
-    if isinstance(x, jax.core.Tracer):
-        return
-    value = float(np.asarray(x))
+def scalar(name: str, x: ArrayLike, interval: str | None = None) -> Array:
+    """`x` as a real scalar. If its value is known when tracing, it must lie in the interval, such as
+    "(0, inf)"."""
+    number = array(name, x, "real", ())
+    if interval is None or isinstance(x, jax.core.Tracer):
+        return number
+    value, (low, high) = float(np.asarray(x)), map(float, interval[1:-1].split(","))
     above = value > low if interval[0] == "(" else value >= low
     below = value < high if interval[-1] == ")" else value <= high
     if not (above and below):
         raise ValueError(f"{name} must lie in {interval}, got {value}")
+    return number
 
 
 def class_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
@@ -292,8 +250,8 @@ def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     return count
 
 
-def head(hidden: Array, kernel: Array) -> tuple[int, ...]:
-    """The shape of the examples, N..., of `hidden` [N..., D] and `kernel` [D, V]."""
+def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
+    """The shape of the examples, N..., and V, of `hidden` [N..., D] and `kernel` [D, V]."""
     if hidden.ndim == 0:
         raise ValueError("hidden must have shape (..., features), got ()")
     if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
@@ -304,12 +262,13 @@ def head(hidden: Array, kernel: Array) -> tuple[int, ...]:
         )
     if kernel.shape[1] == 0:
         raise ValueError(f"kernel must have at least one class, got shape {kernel.shape}")
-    return hidden.shape[:-1]
+    return hidden.shape[:-1], kernel.shape[1]
 
 
-def one_of(name: str, x: Any, options: tuple[str, ...]) -> None:
+def one_of(name: str, x: Any, options: tuple[str, ...]) -> str:
     if not isinstance(x, str) or x not in options:
         raise ValueError(f"{name} must be one of {options}, got {x!r}")
+    return x
 
 
 def flag(name: str, x: Any) -> bool:
@@ -334,35 +293,22 @@ def positive_or_none(name: str, x: Any) -> int | None:
     return value
 
 
-def mesh_axis(name: str, x: Any) -> AxisName:
-    """The name of a mesh axis, or several, that `jax.shard_map` splits its arguments over."""
+def mesh_axes(name: str, x: Any) -> tuple[str, ...]:
+    """The names of mesh axes; None is none."""
     if x is None:
-        return None
+        return ()
     axes = (x,) if isinstance(x, str) else x
     if not isinstance(axes, tuple) or not axes or not all(isinstance(n, str) for n in axes):
         raise TypeError(f"{name} must be the name of a mesh axis, several or None, got {x!r}")
-    for axis in axes:
+    return axes
+
+
+def manual_axes(name: str, x: Any) -> AxisName:
+    """Those that `jax.shard_map` splits its arguments over here."""
+    for axis in mesh_axes(name, x):
         try:
             _axis.size(axis)
         except NameError:
-            raise ValueError(
-                f"{name} must name an axis of the mesh inside jax.shard_map, got {axis!r}"
-            ) from None
+            inside = "an axis of the mesh inside jax.shard_map"
+            raise ValueError(f"{name} must name {inside}, got {axis!r}") from None
     return x
-
-
-def rank(name: str, x: ArrayLike) -> int:
-    """The number of axes of `x`, before its dtype is known."""
-    try:
-        return np.ndim(x)
-    except ValueError:
-        return _array(name, x).ndim  # says what is wrong
-
-
-def _array(name: str, x: ArrayLike) -> Array:
-    if x is None or isinstance(x, str):
-        raise TypeError(f"{name} must be an array, got {x!r}")
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from error

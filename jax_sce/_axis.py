@@ -49,20 +49,18 @@ def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
 
 def total_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
     """The cotangents of a rule's results, summed over the devices if JAX does not do it."""
-    if axis_name is None or _is_followed(axis_name):
-        return cotangents
-    return lax.psum(cotangents, axis_name)
+    return cotangents if _is_followed(axis_name) else lax.psum(cotangents, axis_name)
 
 
 def divided_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
     """Divide by the axis size, so that the rule's sum over the devices restores the cotangents."""
-    if axis_name is None or _is_followed(axis_name):
+    if _is_followed(axis_name):
         return cotangents
     return jax.tree.map(lambda g: g / size(axis_name), cotangents)
 
 
-def _is_followed(axis_name: str | tuple[str, ...]) -> bool:
-    return bool(varying(lax.axis_index(axis_name)))
+def _is_followed(axis_name: AxisName) -> bool:
+    return axis_name is None or bool(varying(lax.axis_index(axis_name)))
 
 
 def varying(x: Array) -> frozenset[str]:
@@ -82,6 +80,4 @@ def vary_alike(*trees: Any, but: AxisName = None) -> Any:
 
 
 def names(axis_name: AxisName) -> frozenset[str]:
-    if axis_name is None:
-        return frozenset()
-    return frozenset({axis_name} if isinstance(axis_name, str) else axis_name)
+    return frozenset((axis_name,) if isinstance(axis_name, str) else axis_name or ())

@@ -15,6 +15,7 @@ manual ones."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,10 +24,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from . import _axis, _chunks, _cpu, _gpu, _rows, _split
+from . import _axis, _chunks, _cpu, _gpu, _rows
 from ._axis import AxisName
 from ._chunks import Loop
-from ._rows import Cotangent, Rows, Targets
+from ._rows import Rows
 
 
 class Backend(NamedTuple):
@@ -46,47 +47,15 @@ _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
 
 
 class Operation(NamedTuple):
-    name: str
-    plain: Callable  # of `Rows` and further arrays of their rank
+    """A function of `Rows` and of arrays of their rank."""
+
+    plain: Callable
     num_statistics: int = 0  # results that are [N, 1], and one more with a mask; 0 for a cotangent
-    whole: Callable | None = None  # of rows split over devices: (*args, axis_name, local)
-    tangents: Callable | None = None  # of statistics: (out, primals, dots); else those of `plain`
+    sums: Callable | None = None  # what statistics are, given the maximum: for their derivative
 
-
-OPERATIONS = (
-    Operation(
-        "label_statistics",
-        _rows.label_statistics,
-        3,
-        _split.whole_label_statistics,
-        _rows.label_tangents,
-    ),
-    Operation("label_cotangent", _rows.label_cotangent),
-    Operation(
-        "target_statistics",
-        _rows.target_statistics,
-        4,
-        _split.whole_target_statistics,
-        _rows.target_tangents,
-    ),
-    Operation("target_cotangent", _rows.target_cotangent),
-)
-
-
-def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
-    return tuple(_bind(OPERATIONS[0], rows, labels))
-
-
-def label_cotangent(rows: Rows, *args: Array) -> Rows:
-    return Cotangent(*_bind(OPERATIONS[1], rows, *args), *_no_softcap(rows)).of(rows)
-
-
-def target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
-    return tuple(_bind(OPERATIONS[2], rows, targets))
-
-
-def target_cotangent(rows: Rows, targets: Targets, *args: Array) -> Rows:
-    return Cotangent(*_bind(OPERATIONS[3], rows, targets, *args), *_no_softcap(rows)).of(rows)
+    @property
+    def name(self) -> str:
+        return self.plain.__name__
 
 
 def by_loop(function: Callable, *args: Any) -> Any:
@@ -99,26 +68,37 @@ def by_loop(function: Callable, *args: Any) -> Any:
     return lax.platform_dependent(*args, **loops, default=functools.partial(function, _NONE.loop))
 
 
-def _no_softcap(rows: Rows) -> tuple[None, ...]:
-    return (None,) if rows.softcap is None else ()
+# -- the primitives -----------------------------------------------------------------------------------
 
 
-def _bind(operation: Operation, *args: Any) -> list[Array]:
-    leaves, tree = jax.tree.flatten(args)
+def _bind(operation: Operation, rows: Rows, *args: Any) -> Any:
+    leaves, tree = jax.tree.flatten((rows, *args))
 
     def bind(*leaves):
         return _primitive(operation).bind(*_axis.vary_alike(*leaves), tree=tree)
 
-    rows = args[0]
-    sharding = jax.typeof(rows.logits).sharding
-    if not sharding.mesh.explicit_axes:
-        return bind(*leaves)
-    # The compiler lays out what is between the arguments and the results; those follow the logits.
-    spec = [*sharding.spec, *[None] * (rows.logits.ndim - len(sharding.spec))]
-    of_rows = [None if a - len(spec) in rows.axes else axis for a, axis in enumerate(spec)]
-    specs = _results(operation, rows, spec, of_rows)
-    out = [NamedSharding(sharding.mesh, PartitionSpec(*x)) for x in specs]
-    return jax.sharding.auto_axes(bind, out_sharding=out)(*leaves)
+    sharding, ndim = jax.typeof(rows.logits).sharding, rows.logits.ndim
+    if sharding.mesh.explicit_axes:
+        # The compiler lays out what is between the arguments and the results; those follow the logits.
+        spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+        of_row = [None if axis - ndim in rows.axes else s for axis, s in enumerate(spec)]
+        specs = _results(operation, rows, spec, of_row)
+        out = [NamedSharding(sharding.mesh, PartitionSpec(*x)) for x in specs]
+        bind = jax.sharding.auto_axes(bind, out_sharding=out)
+    out = bind(*leaves)
+    if operation.num_statistics:
+        return out
+    softcap = jnp.sum(out[1], keepdims=True) if rows.softcap is not None else None
+    return dataclasses.replace(rows, logits=out[0], softcap=softcap, mask=None, first_class=None)
+
+
+# Statistics, [N, 1] each; and the cotangent of the rows.
+label_statistics = functools.partial(_bind, Operation(_rows.label_statistics, 3, _rows.label_sums))
+target_statistics = functools.partial(
+    _bind, Operation(_rows.target_statistics, 4, _rows.target_sums)
+)
+label_cotangent = functools.partial(_bind, Operation(_rows.label_cotangent))
+target_cotangent = functools.partial(_bind, Operation(_rows.target_cotangent))
 
 
 def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> list[Any]:
@@ -150,18 +130,13 @@ def _primitive(operation: Operation):
 
     def jvp(primals, dots, *, tree):
         out = primitive.bind(*primals, tree=tree)
-        if operation.tangents is not None:
-            zero = jax.custom_derivatives.SymbolicZero
-            dots = [zero(t.aval) if isinstance(t, ad.Zero) else t for t in dots]
-            args, dots = jax.tree.unflatten(tree, primals), jax.tree.unflatten(tree, dots)
-            return out, list(operation.tangents(tuple(out), args, dots))
-        # Leave out arguments that do not move: infinity times their tangent of 0 would be NaN.
-        moving = {i: t for i, t in enumerate(dots) if not isinstance(t, ad.Zero)}
-
-        def of_moving(moved):
-            return _flat(operation.plain, tree)(*(moved.get(i, x) for i, x in enumerate(primals)))
-
-        return out, jax.jvp(of_moving, ({i: primals[i] for i in moving},), (moving,))[1]
+        zero = jax.custom_derivatives.SymbolicZero
+        dots = [zero(t.aval) if isinstance(t, ad.Zero) else t for t in dots]
+        if operation.sums is None:
+            moving = _rows.moving(primals, dots)
+            return out, _rows.tangent_of(_flat(operation.plain, tree), primals, moving)
+        args, dots = jax.tree.unflatten(tree, primals), jax.tree.unflatten(tree, dots)
+        return out, _rows.statistics_tangents(operation.sums, out, args, dots)
 
     def batch(leaves, dims, *, tree):
         # Every array has the rank of the logits and broadcasts to them: one more axis, in front.
@@ -170,11 +145,10 @@ def _primitive(operation: Operation):
             x[None] if d is None else jnp.moveaxis(x, d, 0)
             for x, d in zip(leaves, dims, strict=True)
         ]
-        args = jax.tree.unflatten(tree, leaves)
-        logits = args[0].logits
-        logits = jnp.broadcast_to(logits, (size, *logits.shape[1:]))
-        args = (dataclasses.replace(args[0], logits=logits), *args[1:])
-        out = primitive.bind(*jax.tree.leaves(args), tree=tree)
+        rows, *args = jax.tree.unflatten(tree, leaves)
+        logits = jnp.broadcast_to(rows.logits, (size, *rows.logits.shape[1:]))
+        rows = dataclasses.replace(rows, logits=logits)
+        out = primitive.bind(*jax.tree.leaves((rows, *args)), tree=tree)
         return out, [0] * len(out)
 
     primitive = Primitive(f"jax_sce_{operation.name}")
@@ -189,7 +163,7 @@ def _primitive(operation: Operation):
     return primitive
 
 
-def _flat(function: Callable, tree: Any) -> Callable:
+def _flat(function: Callable, tree: Any) -> Callable[..., list[Array]]:
     """The function of arrays alone."""
     return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
@@ -201,12 +175,11 @@ def _choose(operation: Operation, platform: str | None, context, tree) -> tuple[
     form = backend.forms.get(operation.name, operation.plain)
     kernel = backend.kernels.get(operation.name)
     args = jax.tree.unflatten(tree, context.avals_in)
-    if kernel is None or not backend.supports(operation.name, *args):
-        return form, context
-    match _program(context):
-        case "local":
+    if kernel is not None and backend.supports(operation.name, *args):
+        program = _program(context)
+        if program == "local":
             return kernel, context
-        case "split" if len(args[0].axes) == 1:
+        if program == "split" and len(args[0].axes) == 1:
             with_devices = _with_devices(context, platform)
             if with_devices is not None:
                 return _partitioned(operation, kernel, form, args), with_devices
@@ -217,60 +190,43 @@ def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -
     """The operation on each device: split as the logits are, each has its own rows."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
-    logits = args[0].logits
+    (axis,), shape = args[0].axes, args[0].logits.shape
     avals, tree = jax.tree.flatten(args)
 
-    def names(i: int, shape: tuple[int, ...]) -> str:
-        """The axes of array i: those of the logits where it is as long."""
-        return " ".join(
-            f"n{axis}" if size == logits.shape[axis] else f"x{i}_{axis}"
-            for axis, size in enumerate(shape)
-        )
-
     def rule(mesh, operands, results):
-        inputs = ", ".join(names(i, x.shape) for i, x in enumerate(avals))
-        outputs = ", ".join(names(len(avals) + i, x.shape) for i, x in enumerate(results))
-        return f"{inputs} -> {outputs}"
+        """The axes of each array: those of the logits where it is as long."""
+        names = [
+            " ".join(f"n{a}" if n == shape[a] else f"x{i}_{a}" for a, n in enumerate(x.shape))
+            for i, x in enumerate([*avals, *results])
+        ]
+        return f"{', '.join(names[: len(avals)])} -> {', '.join(names[len(avals) :])}"
 
     def partition(mesh, operands, results):
         spec = tuple(operands[0].sharding.spec)
-        spec += (None,) * (logits.ndim - len(spec))
+        spec += (None,) * (len(shape) - len(spec))
 
         def sharding(x) -> NamedSharding:
-            axes = (
-                s if n == m else None for s, n, m in zip(spec, x.shape, logits.shape, strict=True)
-            )
+            axes = [s if n == m else None for s, n, m in zip(spec, x.shape, shape, strict=True)]
             return NamedSharding(mesh, PartitionSpec(*axes))
 
-        of_classes = spec[args[0].axes[0]]
-        local = (
-            kernel
-            if of_classes is None
-            else functools.partial(_of_part, operation, form, of_classes)
-        )
-        return (
-            mesh,
-            _flat(local, tree),
-            list(map(sharding, results)),
-            tuple(map(sharding, operands)),
-        )
+        local = kernel
+        if spec[axis] is not None:
+            local = functools.partial(_of_part, operation, form, spec[axis])
+        shardings = [*map(sharding, results)], tuple(map(sharding, operands))
+        return mesh, _flat(local, tree), *shardings
 
     call = custom_partitioning(_flat(kernel, tree))
     call.def_partition(partition, sharding_rule=rule)
     return lambda *args: call(*jax.tree.leaves(args))
 
 
-def _of_part(
-    operation: Operation, form: Callable, axis_name: AxisName, rows: Rows, *args: Any
-) -> Any:
+def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Rows, *args: Any):
     """The operation on a device that has a part of each row's classes."""
-    first_class = _axis.offset(axis_name, rows.num_classes)
-    rows = dataclasses.replace(
-        rows, first_class=jnp.full((1,) * rows.logits.ndim, first_class, jnp.int32)
-    )
-    if operation.whole is None:
+    first_class = jnp.asarray(_axis.offset(axis_name, rows.num_classes), jnp.int32)
+    rows = dataclasses.replace(rows, first_class=first_class.reshape((1,) * rows.logits.ndim))
+    if not operation.num_statistics:
         return form(rows, *args)
-    return operation.whole(rows, *args, axis_name, form)
+    return _rows.whole_statistics(rows, args[0], axis_name, form)
 
 
 # -- what JAX keeps private ---------------------------------------------------------------------------
@@ -298,24 +254,20 @@ def _program(context) -> str:
 def _with_devices(context, platform: str | None) -> Any:
     """The context, naming devices, or None if there are none. `custom_partitioning` needs them, and JAX
     gives them only to programs with a single mesh. Any devices will do, for only their order counts;
-    they stand in a mesh with an axis for each prime factor of their number. If those are all the same,
-    that can express every even split. Otherwise return None."""
+    they stand in a mesh of p x p x ..., p a prime, which can express every even split. If their number
+    is no power of a prime, return None."""
     try:
         module = context.module_context
-        axes = module.axis_context
-        devices = tuple(jax.devices(platform))[: axes.num_devices]
-        factors = _prime_factors(axes.num_devices)
-        mesh = AbstractMesh(tuple(factors), tuple(f"jax_sce_{i}" for i in range(len(factors))))
-        if len(devices) < axes.num_devices or len(set(factors)) > 1:
+        n = module.axis_context.num_devices
+        prime = next(p for p in range(2, n + 1) if n % p == 0)
+        rank = round(math.log(n, prime))
+        devices = tuple(jax.devices(platform))[:n]
+        if prime**rank != n or len(devices) < n:
             return None
-        axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
+        mesh = AbstractMesh((prime,) * rank, tuple(f"jax_sce_{i}" for i in range(rank)))
+        axes = dataclasses.replace(
+            module.axis_context, device_assignment=devices, abstract_mesh=mesh
+        )
         return context.replace(module_context=module.replace(axis_context=axes))
     except (AttributeError, TypeError, RuntimeError):  # moved by a later JAX; no such devices
         return None
-
-
-def _prime_factors(n: int) -> list[int]:
-    for p in range(2, n):
-        if n % p == 0:
-            return [p, *_prime_factors(n // p)]
-    return [n]

@@ -60,13 +60,13 @@ def shards(num_examples: int) -> tuple[int, int]:
     return count, num_examples // count
 
 
-def plan(shape: tuple[int, int], num_classes: int, size: Size, chunk_size: int | None) -> Plan:
+def plan(shape: tuple[int, ...], num_classes: int, size: Size, chunk_size: int | None) -> Plan:
     """Chunks as even as they can be, of at most `chunk_size` examples or else as the platform likes
     them."""
     num_examples = math.prod(shape)
     wanted = chunk_size or size.examples(num_classes)
     chunks = max(math.ceil(num_examples / wanted), 1)
-    return Plan(*shape, max(math.ceil(shape[1] / chunks), 1))
+    return Plan(shape[0], shape[1], max(math.ceil(shape[1] / chunks), 1))
 
 
 def _devices() -> int:

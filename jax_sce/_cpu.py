@@ -8,25 +8,17 @@ first, and then summed."""
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _chunks, _rows, native
+from . import _chunks, _layout, _rows, native
 from ._chunks import Loop, Size
 from ._elementary import exp_difference, from_bits, soft_cap, to_bits
-from ._layout import (
-    as_laid_out,
-    batch,
-    classes_last,
-    flat,
-    is_16_or_32_bit,
-    of_rows,
-    shared_or_flat,
-)
-from ._rows import Cotangent, Rows, Statistics, Targets
+from ._rows import Rows, Statistics, Targets
 
 _LONG_ROW = 256  # so many classes and more are read in blocks
 # Widths of 128 to 8000 ran equally fast, narrower ones a little slower. Written are one number a block
@@ -43,71 +35,59 @@ def supports(operation: str, rows: Rows, *args: Any) -> bool:
     """Are there kernels for these, arrays or their shapes?"""
     targets = [x for x in args if isinstance(x, Targets)]
     # To a kernel, a class id of another device is a bad one.
-    ids_are_here = rows.first_class is None or not any(x.has_ids(rows) for x in targets)
+    ids_are_here = rows.first_class is None or all(x.ids is None for x in targets)
     shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
     return (
-        is_16_or_32_bit(rows, targets)
+        _layout.is_16_or_32_bit(rows, targets)
         and rows.softcap is None
         and ids_are_here
-        and all(math.prod(batch(rows, x)) == 1 for x in shared)
+        and all(math.prod(_layout.batch(rows, x)) == 1 for x in shared)
         and native.status().available
     )
 
 
-def _label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
-    return _statistics(rows, "label_statistics", 3, of_rows(rows, rows.places(labels)))
-
-
-def _label_cotangent(rows: Rows, labels: Array, *factors: Array) -> Cotangent:
-    operands = (rows.places(labels), *factors)
-    return _cotangent(rows, "label_cotangent", *(of_rows(rows, x) for x in operands))
-
-
-def _target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
-    return _statistics(rows, "target_statistics", 4, *_target_operands(rows, targets))
-
-
-def _target_cotangent(rows: Rows, targets: Targets, *args: Array) -> Cotangent:
-    operands = (*_target_operands(rows, targets), *(of_rows(rows, x) for x in args))
-    return _cotangent(rows, "target_cotangent", *operands)
-
-
-KERNELS: dict[str, Callable] = {
-    "label_statistics": _label_statistics,
-    "label_cotangent": _label_cotangent,
-    "target_statistics": _target_statistics,
-    "target_cotangent": _target_cotangent,
-}
-
-
-def _statistics(rows: Rows, kernel: str, count: int, *operands: Array) -> tuple[Array, ...]:
-    logits, mask = flat(rows, rows.logits), _mask_operand(rows)
+def _statistics(kernel: str, count: int, rows: Rows, labels: Array | Targets) -> tuple[Array, ...]:
+    logits, operands = (
+        _layout.flat(rows, rows.logits),
+        (_mask_operand(rows), *_operands(rows, labels)),
+    )
     results = [jax.ShapeDtypeStruct(logits.shape[:1], jnp.float32)] * count
-    out = jax.ffi.ffi_call(f"jax_sce.{kernel}", results)(logits, mask, *operands)
+    out = jax.ffi.ffi_call(f"jax_sce.{kernel}", results)(logits, *operands)
     return *(x.reshape(rows.row_shape) for x in out), *_rows.keeps_class(rows)
 
 
-def _cotangent(rows: Rows, kernel: str, *operands: Array) -> Cotangent:
+def _cotangent(kernel: str, rows: Rows, labels: Array | Targets, *args: Array) -> list[Array]:
     """Written over the logits. If those were reshaped just before, XLA's layout assignment would copy
     them for it; the barrier keeps it from that."""
-    logits = lax.optimization_barrier(flat(rows, rows.logits))
+    logits = lax.optimization_barrier(_layout.flat(rows, rows.logits))
+    operands = *_operands(rows, labels), *(_layout.of_rows(rows, x) for x in args)
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call(f"jax_sce.{kernel}", result, input_output_aliases={0: 0})
-    out = call(logits, _mask_operand(rows), *operands)
-    return Cotangent(as_laid_out(rows, out), None)
+    return [_layout.as_laid_out(rows, call(logits, _mask_operand(rows), *operands))]
 
 
-def _target_operands(rows: Rows, targets: Targets) -> tuple[Array, ...]:
-    """The labels, ids [N] or [N, V]; the smoothing, [1]; one over the number of classes, [N] or [1];
-    the class weights, [V], or [0] for none."""
-    has_ids = targets.has_ids(rows)
-    labels = targets.labels if has_ids else jnp.broadcast_to(targets.labels, rows.logits.shape)
-    uniform, smoothing, weights = targets.uniform, targets.label_smoothing, targets.class_weights
+KERNELS: dict[str, Callable] = {
+    "label_statistics": partial(_statistics, "label_statistics", 3),
+    "label_cotangent": partial(_cotangent, "label_cotangent"),
+    "target_statistics": partial(_statistics, "target_statistics", 4),
+    "target_cotangent": partial(_cotangent, "target_cotangent"),
+}
+
+
+def _operands(rows: Rows, labels: Array | Targets) -> tuple[Array, ...]:
+    """Class ids, [n]; or of targets the ids, [n] or [n, V]; the smoothing, [1]; one over the number of
+    classes, [n] or [1]; the class weights, [V], or [0] for none."""
+    if not isinstance(labels, Targets):
+        return (_layout.of_rows(rows, rows.places(labels)),)
+    dense, uniform = labels.dense, labels.uniform
+    smoothing, weights = labels.label_smoothing, labels.class_weights
     return (
-        of_rows(rows, labels) if has_ids else flat(rows, labels),
+        _layout.of_rows(rows, labels.ids) if dense is None else _layout.flat(rows, dense),  # type: ignore[arg-type]
         jnp.zeros(1, jnp.float32) if smoothing is None else smoothing.reshape(1),
-        uniform.reshape(1) if uniform.size == 1 else of_rows(rows, uniform),
-        jnp.zeros(0, jnp.float32) if weights is None else classes_last(rows, weights).reshape(-1),
+        uniform.reshape(1) if uniform.size == 1 else _layout.of_rows(rows, uniform),
+        jnp.zeros(0, jnp.float32)
+        if weights is None
+        else _layout.classes_last(rows, weights).reshape(-1),
     )
 
 
@@ -115,7 +95,7 @@ def _mask_operand(rows: Rows) -> Array:
     """[n, V], [V] if it is the same for all rows, or [0] for none."""
     if rows.mask is None:
         return jnp.zeros(0, bool)
-    mask = shared_or_flat(rows, rows.mask)
+    mask = _layout.shared_or_flat(rows, rows.mask)
     return mask[0] if len(mask) == 1 else mask
 
 
@@ -131,29 +111,26 @@ def _label_statistics_form(rows: Rows, labels: Array) -> tuple[Array, ...]:
 def _target_statistics_form(rows: Rows, targets: Targets) -> tuple[Array, ...]:
     stats, _ = _max_and_tail(rows)
     again = dataclasses.replace(rows, logits=lax.optimization_barrier(rows.logits))
-    return *stats, *_rows.target_sums(again, targets, stats.max), *_rows.keeps_class(rows)
+    return *stats, *_rows.target_sums(again, targets, stats.max)[1:], *_rows.keeps_class(rows)
 
 
-def _label_cotangent_form(*args: Any) -> Cotangent:
-    return _on_its_own(_rows.label_cotangent(*args))
+def _on_its_own(cotangent: Callable) -> Callable:
+    """XLA for CPU would fuse the cotangent with each of its readers, the two matrix products of a head,
+    and write its exponentials to an array, to compute them once."""
 
+    def form(*args):
+        of_logits, *of_softcap = cotangent(*args)
+        return [lax.optimization_barrier(of_logits), *of_softcap]
 
-def _target_cotangent_form(*args: Any) -> Cotangent:
-    return _on_its_own(_rows.target_cotangent(*args))
+    return form
 
 
 FORMS: dict[str, Callable] = {
     "label_statistics": _label_statistics_form,
-    "label_cotangent": _label_cotangent_form,
+    "label_cotangent": _on_its_own(_rows.label_cotangent),
     "target_statistics": _target_statistics_form,
-    "target_cotangent": _target_cotangent_form,
+    "target_cotangent": _on_its_own(_rows.target_cotangent),
 }
-
-
-def _on_its_own(cotangent: Cotangent) -> Cotangent:
-    """XLA for CPU would fuse the cotangent with each of its readers, the two matrix products of a head,
-    and write its exponentials to an array, to compute them once."""
-    return cotangent._replace(logits=lax.optimization_barrier(cotangent.logits))
 
 
 def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
@@ -163,9 +140,9 @@ def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
     16-bit logits that are widened for two readers, XLA for CPU would write as float32."""
     mask, softcap = rows.mask, rows.softcap
     last = Rows(
-        classes_last(rows, lax.optimization_barrier(rows.logits)),
-        None if mask is None else classes_last(rows, mask),
-        None if softcap is None else softcap.reshape(*batch(rows, softcap), 1),
+        _layout.classes_last(rows, lax.optimization_barrier(rows.logits)),
+        None if mask is None else _layout.classes_last(rows, mask),
+        None if softcap is None else softcap.reshape(*_layout.batch(rows, softcap), 1),
         None,
         (-1,),
     )

@@ -10,30 +10,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from . import _arguments, _axis, _backend, _rows, _split
+from . import _arguments, _axis, _backend, _rows
 from ._arguments import Options
 from ._axis import AxisName
 from ._elementary import below
-from ._label_check import checked, is_class
-from ._rows import Rows, Statistics, Targets
+from ._label_check import class_index
+from ._rows import STATIC, Rows, Statistics, Targets
 from ._weighting import Losses, class_weight_of, excuse, mean_weights, reduce_losses, weighted
 
 
 def softmax_cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] | None = -1,
-    where: ArrayLike | None = None,
-    *,
-    label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
-    reduction: str = "none",
-    axis_name: AxisName = None,
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
     forward_mode: bool = False,
-) -> Array:
+) -> Array:  # fmt: skip
     r"""Softmax cross-entropy between logits and distributions over the classes.
 
     With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, log-normalizer
@@ -63,10 +55,9 @@ def softmax_cross_entropy(
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
         that count, and 0 if there are none.
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device, in every argument that has classes. Labels stay
-        global, and the loss is that of whole rows, the same on all devices of the axis. A "mean" or
-        "sum" is over the examples of this device. With `check_vma=False` differentiate outside the
-        `jax.shard_map`: inside, JAX multiplies gradients by the size of the axis.
+        then the number of classes on this device; labels stay global, and the loss is that of whole
+        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
+        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -98,29 +89,19 @@ def softmax_cross_entropy(
     See also:
       `softmax_cross_entropy_with_integer_labels`, where each example has one class.
     """
-    checked = inputs(
+    return loss_of(inputs(
         logits, labels, axis, where, has_ids=False, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
-        reduction=reduction, axis_name=axis_name, forward_mode=forward_mode)  # fmt: skip
-    return loss_of(checked)
+        reduction=reduction, axis_name=axis_name, forward_mode=forward_mode))  # fmt: skip
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] | None = -1,
-    where: ArrayLike | None = None,
-    *,
-    ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
-    reduction: str = "none",
-    axis_name: AxisName = None,
-    forward_mode: bool = False,
-) -> Array:
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
+    reduction: str = "none", axis_name: AxisName = None, forward_mode: bool = False,
+) -> Array:  # fmt: skip
     r"""Softmax cross-entropy between logits and the index of the right class.
 
     With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, the loss of an example with label y is
@@ -148,10 +129,9 @@ def softmax_cross_entropy_with_integer_labels(
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
         `weights * class_weights[label]` of the examples that count, and 0 if there are none.
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device, in every argument that has classes. Labels stay
-        global, and the loss is that of whole rows, the same on all devices of the axis. A "mean" or
-        "sum" is over the examples of this device. With `check_vma=False` differentiate outside the
-        `jax.shard_map`: inside, JAX multiplies gradients by the size of the axis.
+        then the number of classes on this device; labels stay global, and the loss is that of whole
+        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
+        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -186,22 +166,17 @@ def softmax_cross_entropy_with_integer_labels(
     See also:
       `softmax_cross_entropy`, where the labels are distributions.
     """
-    checked = inputs(
+    return loss_of(inputs(
         logits, labels, axis, where, has_ids=True, ignore_index=ignore_index,
         label_smoothing=label_smoothing, class_weights=class_weights, weights=weights,
         z_loss=z_loss, softcap=softcap, reduction=reduction, axis_name=axis_name,
-        forward_mode=forward_mode)  # fmt: skip
-    return loss_of(checked)
+        forward_mode=forward_mode))  # fmt: skip
 
 
 # -- from the arguments to the loss -------------------------------------------------------------------
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["logits", "labels", "mask", "options"],
-    meta_fields=["axes"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The arguments, checked."""
@@ -210,7 +185,7 @@ class Inputs:
     labels: Array  # class ids, [N...], or distributions in the shape of the logits
     mask: Array | None  # bool, of the logits' rank: the classes to keep
     options: Options
-    axes: tuple[int, ...]  # of the classes
+    axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes
 
     @property
     def has_ids(self) -> bool:
@@ -218,25 +193,16 @@ class Inputs:
 
 
 def inputs(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] | None,
-    where: ArrayLike | None,
-    *,
-    has_ids: bool,
-    ignore_index: int | None = None,
-    **options,
-) -> Inputs:
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None, where: ArrayLike | None,
+    *, has_ids: bool, ignore_index: int | None = None, **options: Any,
+) -> Inputs:  # fmt: skip
     """The arguments of either loss, by their public names."""
-    logits = _arguments.floating("logits", logits)
+    logits = _arguments.array("logits", logits, "floating")
     axes = _arguments.class_axes(axis, logits.ndim)
     batch = _arguments.batch_shape(logits.shape, axes)
-    if has_ids:
-        labels, ignore_index = _arguments.class_ids(labels, ignore_index)
-    else:
-        labels = _arguments.real("labels", labels)
-    _arguments.shape("labels", labels, batch if has_ids else logits.shape)
     num_classes = _arguments.num_classes(logits, axes)
+    labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index)
+    _arguments.shape("labels", labels, batch if has_ids else logits.shape)
     checked = _arguments.options(
         logits.dtype, batch, num_classes, ignore_index=ignore_index, **options
     )
@@ -248,66 +214,38 @@ def inputs(
 def loss_of(inputs: Inputs) -> Array:
     """The loss. Jitted when it is called eagerly; inlined into an enclosing jit."""
     options, labels = inputs.options, inputs.labels
-    axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)
-    rows, uniform = _rows_of(inputs, axes)
+    rows = rows_of(inputs.logits, tuple(axis - inputs.logits.ndim for axis in inputs.axes), options)
+    if inputs.mask is not None:
+        rows = dataclasses.replace(rows, mask=rows.expand_classes(inputs.mask))
     if inputs.has_ids:
         options = options.where(_arguments.not_ignored(labels, options.ignore_index))
         num_classes = rows.num_classes * _axis.size(options.axis_name)
-        labels = class_index(labels, num_classes, options.where(_keeps_class(rows)))
-    of_examples = losses(rows, labels, options, uniform)
+        reported = options
+        for kept in _rows.keeps_class(
+            rows
+        ):  # for checkify alone: the row operations find it themselves
+            reported = reported.where(_axis.total(rows.axis_name, kept.squeeze(rows.axes)) > 0)
+        labels = class_index(labels, num_classes, reported.counts)
+    of_examples = losses(rows, labels, options)
     loss, options = of_examples.loss, dataclasses.replace(options, valid=of_examples.valid)
     weights = mean_weights(options, labels if inputs.has_ids else None, loss)
     return reduce_losses(loss, weights, options.reduction, options.batch_axis)
 
 
-def _rows_of(inputs: Inputs, axes: tuple[int, ...]) -> tuple[Rows, Array | None]:
-    """The rows; and for smoothing one over the number of classes that the mask keeps of each, [N, 1]."""
-    mask, options = inputs.mask, inputs.options
-    rows = rows_of(inputs.logits, axes, options)
-    if mask is None:
-        return rows, None
-    # Expand the class axes alone: a mask that all examples share stays small.
-    sizes = [n if a in inputs.axes else m for a, (n, m) in
-             enumerate(zip(rows.logits.shape, mask.shape, strict=True))]  # fmt: skip
-    mask = jnp.broadcast_to(mask, sizes)
-    rows = dataclasses.replace(rows, mask=mask)
-    if options.label_smoothing is None:
-        return rows, None
-    count = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-    count = _axis.total(options.axis_name, count)
-    return rows, 1 / jnp.maximum(count, 1).astype(rows.dtype)
-
-
-def _keeps_class(rows: Rows) -> Array | None:
-    """bool, [N...]: the examples that keep a class; None for all. Only checkify uses this: the row
-    operations find it in their own pass."""
-    kept = [_axis.total(rows.axis_name, x.squeeze(rows.axes)) for x in _rows.keeps_class(rows)]
-    return kept[0] > 0 if kept else None
-
-
 def rows_of(logits: Array, axes: tuple[int, ...], options: Options) -> Rows:
     """Rows without a mask; `axes` are counted from the last."""
-    softcap, first_class = options.softcap, None
-    if softcap is not None:
-        softcap = softcap.reshape((1,) * logits.ndim)
+    one = (1,) * logits.ndim
+    softcap = None if options.softcap is None else options.softcap.reshape(one)
     rows = Rows(logits, None, softcap, None, axes, options.axis_name)
-    if options.axis_name is not None:
-        first = _axis.offset(options.axis_name, rows.num_classes)
-        first_class = jnp.asarray(first, jnp.int32).reshape((1,) * logits.ndim)
-    return dataclasses.replace(rows, first_class=first_class)
+    if options.axis_name is None:
+        return rows
+    first = jnp.asarray(_axis.offset(options.axis_name, rows.num_classes), jnp.int32)
+    return dataclasses.replace(rows, first_class=first.reshape(one))
 
 
-def class_index(labels: Array, num_classes: int, options: Options) -> Array:
-    """Labels as int32, -1 for those outside [0, V)."""
-    labels = checked(labels, num_classes, options.counts)
-    good = is_class(labels, num_classes)
-    return jnp.where(good, jnp.where(good, labels, 0).astype(jnp.int32), -1)
-
-
-def losses(rows: Rows, labels: Array, options: Options, uniform: Array | None = None) -> Losses:
+def losses(rows: Rows, labels: Array, options: Options) -> Losses:
     """The loss of each example. Labels are class ids, [N...], -1 for a bad one, or distributions."""
-    has_ids = labels.ndim < rows.logits.ndim
-    class_weight = None
+    has_ids, class_weight = labels.ndim < rows.logits.ndim, None
     if has_ids:
         labels, options = excuse(labels, options)
     if has_ids and options.label_smoothing is None:
@@ -316,27 +254,31 @@ def losses(rows: Rows, labels: Array, options: Options, uniform: Array | None = 
         class_weight = class_weight_of(labels, options)
     else:  # the targets carry the class weights
         rule = _target_rule_forward if options.forward_mode else _target_rule
-        targets = _targets(rows, rows.expand(labels) if has_ids else labels, options, uniform)
+        ids, dense = (rows.expand(labels), None) if has_ids else (None, labels)
+        targets = _targets(rows, ids, dense, options)
         out = rule(*_axis.vary_alike(rows, targets), options.counts)
     for kept in out.kept:
         options = options.where(kept > 0)
     return weighted(options, out.loss, out.log_normalizer, class_weight)
 
 
-def _targets(rows: Rows, labels: Array, options: Options, uniform: Array | None) -> Targets:
+def _targets(rows: Rows, ids: Array | None, dense: Array | None, options: Options) -> Targets:
     one = (1,) * rows.logits.ndim
     smoothing, weights = options.label_smoothing, options.class_weights
-    if uniform is None:
+    if smoothing is None or rows.mask is None:
         num_classes = rows.num_classes * _axis.size(rows.axis_name)
         uniform = jnp.full(one, 1 / num_classes, rows.dtype)
+    else:
+        count = jnp.sum(rows.mask, axis=rows.axes, keepdims=True, dtype=jnp.int32)
+        count = _axis.total(rows.axis_name, count)
+        uniform = 1 / jnp.maximum(count, 1).astype(rows.dtype)
     if smoothing is not None:
         smoothing = smoothing.reshape(one)
     if weights is not None:
         sizes = [rows.logits.shape[axis] for axis in rows.axes]
-        order = sorted(range(len(sizes)), key=lambda i: rows.axes[i])
-        shape = [n if a - len(one) in rows.axes else 1 for a, n in enumerate(rows.logits.shape)]
-        weights = weights.reshape(sizes).transpose(order).reshape(shape)
-    return Targets(labels, smoothing, uniform, weights)
+        weights = weights.reshape(one[len(sizes) :] + tuple(sizes))
+        weights = jnp.moveaxis(weights, range(-len(sizes), 0), rows.axes)
+    return Targets(ids, dense, smoothing, uniform, weights)
 
 
 # -- rules --------------------------------------------------------------------------------------------
@@ -352,172 +294,154 @@ class _Out(NamedTuple):
     kept: list[Array]  # empty without a mask, else [N...]: 1.0 for rows that keep a class, or 0.0
 
 
-def _squeezed(rows: Rows, statistics: tuple[Array, ...], count: int) -> list[Any]:
-    """The first of the statistics, [N...], and a list of the others."""
-    squeezed = [x.squeeze(rows.axes) for x in statistics]
-    return [*squeezed[:count], squeezed[count:]]
-
-
-def _expanded(rows: Rows, counts: Array | None) -> Array | None:
-    return None if counts is None else rows.expand(counts)
-
-
-class _LabelResiduals(NamedTuple):
+class _Residuals(NamedTuple):
     rows: Rows
-    labels: Array  # [N...]
+    labels: Array | Targets  # class ids, [N...], or distributions
     counts: Array | None  # [N...]
-    distance: Array  # [N...], the label's logit less the maximum
     stats: Statistics  # [N...] each
+    number: Array  # [N...], the label's distance `z_y - max`, or the sum of the targets
 
 
-@jax.custom_vjp
-def _label_rule(rows: Rows, labels: Array, counts: Array | None) -> "_Out":
-    return _label_fwd(rows, labels, counts)[0]
+def _statistics(operation, rows: Rows, labels: Array | Targets, counts: Array | None):
+    """The statistics of whole rows, [N...]: `kept`, and which rows count. Those that keep no class do
+    not: their maximum, -inf, would be NaN in derivatives."""
+    statistics = _rows.whole_statistics(rows, labels, rows.axis_name, operation)
+    numbers = [x.squeeze(rows.axes) for x in statistics]
+    if rows.mask is None:
+        return counts, [], numbers
+    *numbers, kept = numbers
+    is_kept = kept > 0
+    counts = is_kept if counts is None else counts & is_kept
+    return counts, [kept], [jnp.where(is_kept, x, 0) for x in numbers]
 
 
 def _label_fwd(rows, labels, counts):
-    statistics = _split.whole_label_statistics(
-        rows, rows.expand(labels), rows.axis_name, _backend.label_statistics
+    counts, kept, (highest, tail, at_label) = _statistics(
+        _backend.label_statistics, rows, rows.expand(labels), counts
     )
-    *numbers, kept = _squeezed(rows, statistics, 3)
-    counts, (highest, tail, at_label) = _rows.without_empty_rows(counts, numbers, kept)
     stats = Statistics(highest, tail)
     distance = jnp.where(labels < 0, jnp.nan, at_label - highest)
-    out = _Out(_rows.label_loss(distance, stats), _rows.log_normalizer(stats), kept)
-    return out, _LabelResiduals(rows, labels, counts, distance, stats)
+    out = _Out(stats.label_loss(distance), stats.log_normalizer(), kept)
+    return out, _Residuals(rows, labels, counts, stats, distance)
+
+
+def _label_operands(residuals, g):
+    """Of `label_cotangent`, all but the rows."""
+    rows, labels, counts, stats, distance = residuals
+    factors = (_rows.counted(counts, x, stats.tail) for x in stats.label_factors(distance, *g))
+    return map(rows.expand, (labels, stats.max, *factors))
 
 
 def _label_bwd(residuals, cotangents):
-    rows, labels, counts, distance, stats = residuals
+    rows = residuals.rows
     g = _axis.total_cotangent(rows.axis_name, tuple(cotangents[:2]))
-    factors = (_rows.only(counts, x, stats.tail) for x in _rows.label_factors(distance, stats, *g))
-    operands = map(rows.expand, (labels, stats.max, *factors))
-    return _backend.label_cotangent(rows, *operands), None, None
-
-
-_label_rule.defvjp(_label_fwd, _label_bwd)
-
-
-class _TargetResiduals(NamedTuple):
-    rows: Rows
-    targets: Targets
-    counts: Array | None  # [N...]
-    target_sum: Array  # [N...]
-    stats: Statistics  # [N...] each
-
-
-@jax.custom_vjp
-def _target_rule(rows: Rows, targets: Targets, counts: Array | None) -> "_Out":
-    return _target_fwd(rows, targets, counts)[0]
+    return _backend.label_cotangent(rows, *_label_operands(residuals, g)), None, None
 
 
 def _target_fwd(rows, targets, counts):
-    statistics = _split.whole_target_statistics(
-        rows, targets, rows.axis_name, _backend.target_statistics
+    counts, kept, (highest, tail, target_sum, target_dot) = _statistics(
+        _backend.target_statistics, rows, targets, counts
     )
-    *numbers, kept = _squeezed(rows, statistics, 4)
-    counts, numbers = _rows.without_empty_rows(counts, numbers, kept)
-    highest, tail, target_sum, target_dot = numbers
     stats = Statistics(highest, tail)
-    loss = _rows.target_loss(target_sum, target_dot, stats)
-    out = _Out(loss, _rows.log_normalizer(stats), kept)
-    return out, _TargetResiduals(rows, targets, counts, target_sum, stats)
+    out = _Out(stats.target_loss(target_sum, target_dot), stats.log_normalizer(), kept)
+    return out, _Residuals(rows, targets, counts, stats, target_sum)
 
 
-def _costs(rows, targets, counts, stats, g_loss):
+def _target_operands(residuals, g):
+    """Of `target_cotangent`, all but the rows and the targets. A row that is not finite is NaN, 0 times
+    that too; but if it does not count, it is 0."""
+    rows, _, counts, stats, target_sum = residuals
+    probe, (g_loss, g_log_normalizer) = stats.tail + target_sum, g
+    g_loss = jnp.where((g_loss == 0) & ~jnp.isfinite(probe), jnp.nan, g_loss)
+    factors = (_rows.counted(counts, x, probe) for x in (g_loss, g_log_normalizer))
+    return map(rows.expand, (*stats, target_sum, *factors))
+
+
+def _costs(residuals, g_loss):
     """The cotangent of the targets' values, [N, V]."""
+    rows, targets, counts, stats, _ = residuals
     costs = _rows.target_costs(rows, targets, *map(rows.expand, (*stats, g_loss)))
-    return _rows.only(_expanded(rows, counts), costs, costs)
+    return _rows.counted(None if counts is None else rows.expand(counts), costs, costs)
 
 
 def _target_bwd(residuals, cotangents):
-    rows, targets, counts, target_sum, stats = residuals
-    g_loss, g_log_normalizer = _axis.total_cotangent(rows.axis_name, tuple(cotangents[:2]))
-    costs = _costs(rows, targets, counts, stats, g_loss)
-    of_targets = _rows.targets_cotangent(rows, targets, costs)
-    # A row that is not finite is NaN, 0 times that too; but if it does not count, it is 0.
-    probe = stats.tail + target_sum
-    g_loss = jnp.where((g_loss == 0) & ~jnp.isfinite(probe), jnp.nan, g_loss)
-    factors = [_rows.only(counts, g, probe) for g in (g_loss, g_log_normalizer)]
-    operands = map(rows.expand, (*stats, target_sum, *factors))
-    return _backend.target_cotangent(rows, targets, *operands), of_targets, None
+    rows, targets = residuals[:2]
+    g = _axis.total_cotangent(rows.axis_name, tuple(cotangents[:2]))
+    of_targets = _rows.targets_cotangent(rows, targets, _costs(residuals, g[0]))
+    of_rows = _backend.target_cotangent(rows, targets, *_target_operands(residuals, g))
+    return of_rows, of_targets, None
 
 
-_target_rule.defvjp(_target_fwd, _target_bwd)
+def _reverse_mode(fwd, bwd):
+    @jax.custom_vjp
+    def rule(rows: Rows, labels: Array | Targets, counts: Array | None) -> _Out:
+        return fwd(rows, labels, counts)[0]
+
+    rule.defvjp(fwd, bwd)
+    return rule
 
 
-# Forward mode: the same maps, contracted with a tangent. Under `jax.checkpoint`, reverse mode over the
-# tangent keeps the arguments and the row statistics, and no array of the logits' size.
+def _forward_mode(fwd, contraction):
+    """The same maps, contracted with a tangent: `contraction(residuals, moving)` gives the function from
+    the pair of cotangents to the inner product, [N, 1]. Under `jax.checkpoint`, reverse mode over that
+    keeps the arguments and the row statistics, and no array of the logits' size."""
+
+    @jax.custom_jvp
+    def rule(rows: Rows, labels: Array | Targets, counts: Array | None) -> _Out:
+        return fwd(rows, labels, counts)[0]
+
+    @functools.partial(rule.defjvp, symbolic_zeros=True)
+    def jvp(primals, dots):
+        out, residuals = fwd(*primals)
+
+        @jax.checkpoint
+        def tangent(residuals, moving):
+            rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
+            dot, zero = contraction(residuals, moving), jnp.zeros_like(one)
+            both = [dot(g).squeeze(rows.axes) for g in ((one, zero), (zero, one))]
+            return _axis.total(rows.axis_name, jnp.stack(both))
+
+        # An infinity times a tangent of 0 is NaN: what is not differentiated is left out.
+        loss, log_normalizer = tangent(residuals, _rows.moving(primals[:2], dots[:2]))
+        return out, _Out(loss, log_normalizer, [jnp.zeros_like(x) for x in out.kept])
+
+    return rule
 
 
-@jax.custom_jvp
-def _label_rule_forward(rows: Rows, labels: Array, counts: Array | None) -> "_Out":
-    return _label_fwd(rows, labels, counts)[0]
+def _label_contraction(residuals, moving):
+    rows = residuals.rows
+    z_dot = _rows.tangent_of(Rows.values, (rows,), moving)
+
+    def dot(g):
+        operands = _label_operands(residuals, g)
+        of_values = _rows.label_cotangent_of_values(rows, *operands, subtract=below)
+        return _rows.sum_classes(rows, of_values * z_dot)
+
+    return dot
 
 
-@_label_rule_forward.defjvp
-def _label_jvp(primals, tangents):
-    out, residuals = _label_fwd(*primals)
+def _target_contraction(residuals, moving):
+    rows, targets = residuals[:2]
+    z_dot = y_dot = None
+    if 0 in moving:
+        z_dot = _rows.tangent_of(Rows.values, (rows,), {0: moving[0]})
+    if 1 in moving:
+        y_dot = _rows.tangent_of(Targets.values, (targets, rows), {0: moving[1]})
 
-    @jax.checkpoint
-    def tangent(residuals, rows_dot):
-        rows, labels, counts, distance, stats = residuals
-        z_dot = _rows.tangent_of(Rows.values, rows, rows_dot)
+    def dot(g):
+        total = jnp.zeros_like(rows.expand(residuals.number))
+        if z_dot is not None:
+            operands = _target_operands(residuals, g)
+            of_values = _rows.target_cotangent_of_values(rows, targets, *operands, subtract=below)
+            total += _rows.sum_classes(rows, of_values * z_dot)
+        if y_dot is not None:
+            total += _rows.sum_classes(rows, _costs(residuals, g[0]) * y_dot)
+        return total
 
-        def dot(*g):
-            factors = [
-                _rows.only(counts, x, stats.tail) for x in _rows.label_factors(distance, stats, *g)
-            ]
-            operands = map(rows.expand, (labels, stats.max, *factors))
-            of_values = _rows.label_cotangent_of_values(rows, *operands, subtract=below)
-            return jnp.sum(of_values * z_dot, rows.axes)
-
-        return _by_outputs(dot, rows, distance, out.kept)
-
-    return out, tangent(residuals, tangents[0])
-
-
-@jax.custom_jvp
-def _target_rule_forward(rows: Rows, targets: Targets, counts: Array | None) -> "_Out":
-    return _target_fwd(rows, targets, counts)[0]
+    return dot
 
 
-@functools.partial(_target_rule_forward.defjvp, symbolic_zeros=True)
-def _target_jvp(primals, tangents):
-    out, residuals = _target_fwd(*primals)
-    # The cost of an absent class is infinite, and infinity times a tangent of 0 is NaN: leave out the
-    # targets altogether where they are not differentiated.
-    _, moving = _rows.moving_arguments(("rows", "targets"), primals[:2], tangents[:2])
-
-    @jax.checkpoint
-    def tangent(residuals, moving):
-        rows, targets, counts, target_sum, stats = residuals
-
-        def dot(*g):
-            sums = jnp.zeros_like(target_sum)
-            if "rows" in moving:
-                operands = map(rows.expand, (*stats, target_sum, *g))
-                of_values = _rows.target_cotangent_of_values(
-                    rows, targets, *operands, subtract=below
-                )
-                probe = rows.expand(stats.tail + target_sum)
-                of_values = _rows.only(_expanded(rows, counts), of_values, probe)
-                z_dot = _rows.tangent_of(Rows.values, rows, moving["rows"])
-                sums += jnp.sum(of_values * z_dot, rows.axes)
-            if "targets" in moving:
-                costs = _costs(rows, targets, counts, stats, g[0])
-                y_dot = _rows.tangent_of(lambda y: y.values(rows), targets, moving["targets"])
-                sums += jnp.sum(costs * y_dot, rows.axes)
-            return sums
-
-        return _by_outputs(dot, rows, target_sum, out.kept)
-
-    return out, tangent(residuals, moving)
-
-
-def _by_outputs(dot, rows: Rows, like: Array, kept: list[Array]) -> "_Out":
-    """The tangents of both outputs; `dot(g_loss, g_log_normalizer)` contracts one pair of cotangents."""
-    one, zero = jnp.ones_like(like), jnp.zeros_like(like)
-    both = jnp.stack([dot(one, zero), dot(zero, one)])
-    loss, log_normalizer = _axis.total(rows.axis_name, both)
-    return _Out(loss, log_normalizer, [jnp.zeros_like(x) for x in kept])
+_label_rule = _reverse_mode(_label_fwd, _label_bwd)
+_target_rule = _reverse_mode(_target_fwd, _target_bwd)
+_label_rule_forward = _forward_mode(_label_fwd, _label_contraction)
+_target_rule_forward = _forward_mode(_target_fwd, _target_contraction)

@@ -5,17 +5,14 @@ memory: XLA gives each thread 8 to 16 logits and merges the threads by shuffles,
 logit. Here each lane reads its share of the row from end to end, a dozen instructions a logit, and the
 lanes are merged once.
 
-Measured on an H100 (JAX 0.11.2), the time without that of the call over that of reading the logits,
-half of a copy, of 8192 x 32000 and 8192 x 128256; the floor is 1, and 3 with the gradient:
+Measured on an H100 (JAX 0.11.2), 8192 x 32000 and 8192 x 128256, the time without that of the call over
+that of reading the logits, half of a copy; the floor is 1, and 3 with the gradient:
 
-| | bfloat16 | float32 |
-|---|---|---|
-| forward: the plain reduction | 3.4, 3.4 | 1.7, 1.7 |
-| optax | 2.2, 2.0 | 2.0, 2.0 |
-| this kernel | 1.4, 1.3 | 1.1, 1.1 |
-| value and gradient: with the plain reduction | 5.6, 5.5 | 3.7, 3.7 |
-| optax | 4.4, 4.0 | 4.0, 4.0 |
-| with this kernel | 3.6, 3.5 | 3.1, 3.1 |
+| | bfloat16 | float32 | with the gradient | |
+|---|---|---|---|---|
+| optax | 2.2, 2.0 | 2.0, 2.0 | 4.4, 4.0 | 4.0, 4.0 |
+| the plain reduction | 3.4, 3.4 | 1.7, 1.7 | 5.6, 5.5 | 3.7, 3.7 |
+| this kernel | 1.4, 1.3 | 1.1, 1.1 | 3.6, 3.5 | 3.1, 3.1 |
 
 1024 logits at a time by 4 warps; 2048 by 8 and 4096 by 8 took 1.07 and 1.22 times as long. With a
 minimum and a maximum in place of the two selects it took 0.93 of the time, but Triton's pass over NaN.
@@ -29,7 +26,7 @@ little is rounded, and seldom."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -50,20 +47,17 @@ _MARGIN = 4.0
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
     """Is there a kernel for these, arrays or their shapes?"""
     targets = [x for x in args if isinstance(x, Targets)]
-    is_long = rows.num_classes >= _LONG_ROW
-    is_column = not targets and rows.mask is None and len(rows.axes) == 1
-    return (
-        is_16_or_32_bit(rows, targets)
-        and (is_long if _rows.is_minor(rows) else is_column and _inner(rows) >= _COLUMN_LANES)
-        and rows.first_class is None
-        and _has_device()
-    )
+    if _rows.is_minor(rows):
+        fits = rows.num_classes >= _LONG_ROW
+    else:
+        is_plain = not targets and rows.mask is None and len(rows.axes) == 1
+        fits = is_plain and _inner(rows) >= _COLUMN_LANES
+    return fits and is_16_or_32_bit(rows, targets) and rows.first_class is None and _has_device()
 
 
 def _inner(rows: Rows) -> int:
     """How many logits lie between two classes of an example."""
-    axis = rows.axes[-1]
-    return math.prod(rows.logits.shape[axis:][1:])
+    return math.prod(rows.logits.shape[rows.axes[-1] :][1:])
 
 
 @functools.cache
@@ -80,61 +74,59 @@ def _has_device() -> bool:
 def label_statistics(rows: Rows, labels: Array, *, interpret: bool = False) -> tuple[Array, ...]:
     if not _rows.is_minor(rows):
         return _column_statistics(rows, labels, interpret)
-    return _statistics(rows, {"label": of_rows(rows, labels)}, 3, interpret)
+    return _statistics(rows, 3, interpret, label=labels)
 
 
 def target_statistics(
     rows: Rows, targets: Targets, *, interpret: bool = False
 ) -> tuple[Array, ...]:
-    operands, has_ids = {"uniform": of_rows(rows, targets.uniform)}, targets.has_ids(rows)
-    if has_ids:
-        operands["label"] = of_rows(rows, targets.labels)
-    else:
-        operands["target"] = flat(rows, jnp.broadcast_to(targets.labels, rows.logits.shape))
-    if targets.label_smoothing is not None:
-        operands["smoothing"] = of_rows(rows, targets.label_smoothing)
-    if targets.class_weights is not None:
-        operands["weight"] = shared_or_flat(rows, targets.class_weights)
-    highest, tail, *sums = _statistics(rows, operands, 4, interpret)
-    if has_ids:  # a bad label
-        sums[:2] = (jnp.where(targets.labels < 0, jnp.nan, x) for x in sums[:2])
+    highest, tail, *sums = _statistics(
+        rows, 4, interpret, label=targets.ids, target=targets.dense, uniform=targets.uniform,
+        smoothing=targets.label_smoothing, weight=targets.class_weights)  # fmt: skip
+    if targets.ids is not None:  # a bad label
+        sums[:2] = (jnp.where(targets.ids < 0, jnp.nan, x) for x in sums[:2])
     return highest, tail, *sums
 
 
-KERNELS: dict[str, Callable] = {
-    "label_statistics": label_statistics,
-    "target_statistics": target_statistics,
-}
+KERNELS: dict[str, Callable] = {f.__name__: f for f in (label_statistics, target_statistics)}
 
 
-def _statistics(
-    rows: Rows, operands: dict[str, Array], num_statistics: int, interpret: bool
-) -> tuple[Array, ...]:
+def _call(
+    kernel: Callable, operands: Iterable[Array], shape: tuple[int, ...], num_results: int,
+    *, grid: tuple[int, ...], spec: Callable, warps: int, interpret: bool,
+) -> list[Array]:  # fmt: skip
+    """The results of the kernel, float32, all of that shape."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    logits = flat(rows, rows.logits)
-    operands = {"logit": logits, **operands}
-    if rows.mask is not None:
-        operands["mask"] = shared_or_flat(rows, rows.mask)
-    if rows.softcap is not None:
-        operands["softcap"] = of_rows(rows, rows.softcap)
+    operands, results = [*operands], [jax.ShapeDtypeStruct(shape, jnp.float32)] * num_results
+    call = pl.pallas_call(
+        kernel, results, grid=grid, in_specs=[*map(spec, operands)], out_specs=[*map(spec, results)],
+        compiler_params=triton.CompilerParams(num_warps=warps), interpret=interpret)  # fmt: skip
+    return call(*operands)
+
+
+_AS_OPERAND = {"logit": flat, "target": flat, "mask": shared_or_flat, "weight": shared_or_flat}
+
+
+def _statistics(
+    rows: Rows, num_statistics: int, interpret: bool, **arrays: Array | None
+) -> tuple[Array, ...]:
+    from jax.experimental import pallas as pl
+
+    arrays |= {"logit": rows.logits, "mask": rows.mask, "softcap": rows.softcap}
+    operands = {
+        name: _AS_OPERAND.get(name, of_rows)(rows, x) for name, x in arrays.items() if x is not None
+    }
 
     def spec(x: Any) -> Any:
         if len(x.shape) == 1:
             return pl.BlockSpec((1,), lambda i: (i,))
         return pl.BlockSpec((None, x.shape[1]), lambda i, row=int(x.shape[0] > 1): (i * row, 0))
 
-    result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.float32)
-    out = pl.pallas_call(
-        functools.partial(_kernel, tuple(operands)),
-        grid=logits.shape[:1],
-        in_specs=[spec(x) for x in operands.values()],
-        out_specs=[spec(result)] * (num_statistics + 1),
-        out_shape=[result] * (num_statistics + 1),
-        compiler_params=triton.CompilerParams(num_warps=_WARPS),
-        interpret=interpret,
-    )(*operands.values())
+    kernel, shape = functools.partial(_kernel, tuple(operands)), operands["logit"].shape[:1]
+    out = _call(kernel, operands.values(), shape, num_statistics + 1,
+                grid=shape, spec=spec, warps=_WARPS, interpret=interpret)  # fmt: skip
     highest, reference, others, *sums = (x.reshape(rows.row_shape) for x in out)
     return *_finish(highest, reference, others), *sums, *_rows.keeps_class(rows)
 
@@ -165,9 +157,7 @@ def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Arra
     num_classes, inner = rows.num_classes, _inner(rows)
     of_row = (math.prod(rows.row_shape) // inner, inner)
     operands = [rows.logits.reshape(of_row[0], num_classes, inner)]
-    for x in (labels, rows.softcap):
-        if x is not None:
-            operands.append(jnp.broadcast_to(x, rows.row_shape).reshape(of_row))
+    operands += [of_rows(rows, x).reshape(of_row) for x in (labels, rows.softcap) if x is not None]
 
     def kernel(logits, labels, *refs):
         lanes = pl.program_id(1) * _COLUMN_LANES + jnp.arange(_COLUMN_LANES, dtype=jnp.int32)
@@ -191,16 +181,9 @@ def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Arra
     def spec(x):
         return pl.BlockSpec((None, *x.shape[1:]), lambda i, j: (i, *[0] * (len(x.shape) - 1)))
 
-    result = jax.ShapeDtypeStruct(of_row, jnp.float32)
-    *sums, at_label = pl.pallas_call(
-        kernel,
-        grid=(of_row[0], pl.cdiv(inner, _COLUMN_LANES)),
-        in_specs=[spec(x) for x in operands],
-        out_specs=[spec(result)] * 4,
-        out_shape=[result] * 4,
-        compiler_params=triton.CompilerParams(num_warps=_COLUMN_WARPS),
-        interpret=interpret,
-    )(*operands)
+    grid = of_row[0], pl.cdiv(inner, _COLUMN_LANES)
+    *sums, at_label = _call(kernel, operands, of_row, 4,
+                            grid=grid, spec=spec, warps=_COLUMN_WARPS, interpret=interpret)  # fmt: skip
     return tuple(x.reshape(rows.row_shape) for x in (*_finish(*sums), at_label))
 
 
@@ -235,8 +218,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
         else:
             y = jnp.where(start + lanes == inputs["label"][0], 1.0, 0.0)
         kept = load("mask", start, False) if "mask" in inputs else start + lanes < num_classes
-        if "target" in inputs:
-            y = jnp.where(kept, y, 0.0)
+        y = jnp.where(kept, y, 0.0) if "target" in inputs else y
         if "smoothing" in inputs:
             smoothing = inputs["smoothing"][0]
             y = (1 - smoothing) * y + smoothing * jnp.where(kept, inputs["uniform"][0], 0.0)

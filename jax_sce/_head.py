@@ -19,7 +19,7 @@ from ._arguments import Options
 from ._chunks import Loop, Plan, Size
 from ._elementary import from_bits, to_bits
 from ._rows import compute_dtype
-from ._weighting import Losses
+from ._weighting import Losses, only
 
 
 class CrossEntropyAux(NamedTuple):
@@ -29,11 +29,7 @@ class CrossEntropyAux(NamedTuple):
     prediction: Array  # [N...], int32, the largest logit's class, the lowest of several
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["hidden", "kernel", "labels", "bias", "options"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The arguments, checked. Arrays with an entry for each example are `[N..., ...]`, `[L, n, ...]` in
@@ -61,10 +57,9 @@ class Inputs:
 
     def having(self, arrays: dict[str, Any]) -> "Inputs":
         """The same with other arrays: those, by name, and None for all others."""
-        of_options: dict[str, Any] = dict.fromkeys(self.options.arrays())
-        of_options |= {name: x for name, x in arrays.items() if name not in _OWN}
-        options = dataclasses.replace(self.options, **of_options)
         own = {name: arrays.get(name) for name in _OWN}
+        of_options = {name: arrays.get(name) for name in self.options.arrays()}
+        options = dataclasses.replace(self.options, **of_options)  # type: ignore[arg-type]
         return Inputs(**own, options=options)  # type: ignore[arg-type]
 
     def map_examples(self, function) -> "Inputs":
@@ -93,10 +88,8 @@ def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
 
 
 def _plan(inputs: Inputs, size: Size) -> Plan:
-    shards, per_shard = inputs.hidden.shape[:2]
-    return _chunks.plan(
-        (shards, per_shard), inputs.kernel.shape[1], size, inputs.options.chunk_size
-    )
+    shape, num_classes = inputs.hidden.shape[:2], inputs.kernel.shape[1]
+    return _chunks.plan(shape, num_classes, size, inputs.options.chunk_size)
 
 
 def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
@@ -129,12 +122,7 @@ def _aux(chunk: Inputs, logits: Array, log_normalizer: Array) -> CrossEntropyAux
     place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     place += _axis.offset(options.axis_name, logits.shape[-1])
     prediction = _axis.first_place(options.axis_name, jnp.max(logits, axis=-1), place)
-    if options.counts is not None:
-        prediction = jnp.where(options.counts, prediction, -1)
-    return CrossEntropyAux(log_normalizer, prediction)
-
-
-# -- values -------------------------------------------------------------------------------------------
+    return CrossEntropyAux(log_normalizer, only(options.counts, prediction, -1))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -151,12 +139,15 @@ def values_forward(loop: Loop, inputs: Inputs) -> Values:
     """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments. What
     all examples share is made wide before it: in its dtype, reverse mode sums its gradient over the
     chunks."""
-    wide = {
-        k: x if k in OF_EXAMPLES else x.astype(inputs.dtype) for k, x in inputs.arrays().items()
-    }
     options = dataclasses.replace(inputs.options, forward_mode=True)
+    wide = _wide(inputs.arrays(), inputs.dtype)
     inputs = dataclasses.replace(inputs, options=options).having(wide)
     return _scan(loop, _plan(inputs, loop.gradients), inputs)
+
+
+def _wide(arrays: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
+    """What all examples share in the dtype of sums."""
+    return {k: x if k in OF_EXAMPLES else x.astype(dtype) for k, x in arrays.items()}
 
 
 def _scan(loop: Loop, plan: Plan, inputs: Inputs) -> Values:
@@ -193,12 +184,9 @@ def _scan(loop: Loop, plan: Plan, inputs: Inputs) -> Values:
     return jax.tree.map(in_place, nothing(inputs, plan.shape), chunks)
 
 
-# -- gradients ----------------------------------------------------------------------------------------
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def gradients(
-    loop: Loop, wanted: frozenset[str], inputs: Inputs, g_loss: Array, g_log_normalizer: Array
+    wanted: frozenset[str], loop: Loop, inputs: Inputs, g_loss: Array, g_log_normalizer: Array
 ) -> tuple[Values, dict[str, Array]]:
     """The values, and the cotangents of those arrays of the inputs that are wanted, by name: of
     examples in their own dtype, and of the others, which are summed up, in the compute dtype."""
@@ -214,7 +202,7 @@ def gradients(
         ids = lax.dynamic_slice_in_dim(order, start, size, axis=1)
         chunk = _chunk(loop, plan, inputs, ids)
         g = loop.take(g_loss, ids), loop.take(g_log_normalizer, ids)
-        new, shared, of_chunk = _add_chunk(loop, wanted, chunk, *g, shared)
+        new, shared, of_chunk = _add_chunk(loop, wanted, chunk, g, shared)
         return (
             jax.tree.map(lambda x, rows: _chunks.put(x, ids, rows), values, new),
             shared,
@@ -225,11 +213,9 @@ def gradients(
         return lax.fori_loop(0, count, lambda i, carry: add(start + i * size, size, carry), carry)
 
     carry = nothing(inputs, plan.shape), shared, own
-    if plan.chunks == 0:
-        pass
-    elif worked_on is None:
+    if plan.chunks > 0 and worked_on is None:
         carry = add_chunks(plan.chunks, 0, plan.chunk, carry)
-    else:  # whole chunks, and the rest in quarters
+    elif plan.chunks > 0:  # whole chunks, and the rest in quarters
         whole, quarter = most // plan.chunk, math.ceil(plan.chunk / 4)
         done = whole * plan.chunk
         carry = add_chunks(whole, 0, plan.chunk, carry)
@@ -239,7 +225,7 @@ def gradients(
 
 
 @gradients.defjvp
-def _gradients_jvp(loop, wanted, primals, tangents):
+def _gradients_jvp(wanted, loop, primals, tangents):
     # A loop whose length is known at run time only cannot be differentiated in reverse mode.
     def by_values(inputs, g_loss, g_log_normalizer):
         arrays = inputs.arrays()
@@ -251,9 +237,7 @@ def _gradients_jvp(loop, wanted, primals, tangents):
         moving = {k: x for k, x in arrays.items() if k in wanted}
         _, vjp, out = jax.vjp(values, moving, has_aux=True)
         g = _axis.divided_cotangent(inputs.options.axis_name, (g_loss, g_log_normalizer))
-        cotangents = vjp(g)[0]
-        wide = {k: g if k in OF_EXAMPLES else g.astype(inputs.dtype) for k, g in cotangents.items()}
-        return out, wide
+        return out, _wide(vjp(g)[0], inputs.dtype)
 
     return jax.jvp(by_values, primals, tangents)
 
@@ -264,13 +248,9 @@ def _zeros(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _add_chunk(
-    loop: Loop,
-    wanted: frozenset[str],
-    chunk: Inputs,
-    g_loss: Array,
-    g_log_normalizer: Array,
+    loop: Loop, wanted: frozenset[str], chunk: Inputs, g: tuple[Array, Array],
     shared: dict[str, Array],
-) -> tuple[Values, dict[str, Array], dict[str, Array]]:
+) -> tuple[Values, dict[str, Array], dict[str, Array]]:  # fmt: skip
     """The values of a chunk, `shared` with its part added, and the cotangents of its examples. The loss
     gives that of the logits, and matrix products carry it on."""
     logits, arrays = _logits(chunk), chunk.arrays()
@@ -280,19 +260,14 @@ def _add_chunk(
         return _losses(chunk.having(arrays | inner), logits)[:2]
 
     (loss, log_normalizer), vjp = jax.vjp(losses, logits, inner)
-    g = _axis.divided_cotangent(chunk.options.axis_name, (g_loss, g_log_normalizer))
-    g, cotangents = vjp(g)
+    of_logits, of_chunk = vjp(_axis.divided_cotangent(chunk.options.axis_name, g))
     if "bias" in wanted:
-        cotangents["bias"] = jnp.sum(g, axis=0)
+        of_chunk["bias"] = jnp.sum(of_logits, axis=0)
     of_hidden, of_kernel = loop.products(
-        chunk.hidden, chunk.kernel, g, shared.get("kernel"), "hidden" in wanted
+        chunk.hidden, chunk.kernel, of_logits, shared.get("kernel"), "hidden" in wanted
     )
     if of_hidden is not None:
         counts = chunk.options.counts
-        of_hidden = of_hidden if counts is None else jnp.where(counts[:, None], of_hidden, 0)
-        cotangents["hidden"] = of_hidden
-    added = {k: x + cotangents[k] for k, x in shared.items() if k != "kernel"}
-    if of_kernel is not None:
-        added["kernel"] = of_kernel
-    values = Values(loss, _aux(chunk, logits, log_normalizer))
-    return values, added, cotangents
+        of_chunk["hidden"] = only(None if counts is None else counts[:, None], of_hidden)
+    added = {k: of_kernel if k == "kernel" else x + of_chunk[k] for k, x in shared.items()}
+    return Values(loss, _aux(chunk, logits, log_normalizer)), added, of_chunk

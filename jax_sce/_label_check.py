@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def is_class(labels: Array, num_classes: int) -> Array:
+def class_index(labels: Array, num_classes: int, counts: Array | None) -> Array:
+    """Labels, [N...], as int32, -1 for those outside [0, V). Of the examples in `counts`, or of all,
+    checkify reports the first bad one."""
+    args = (labels,) if counts is None else (labels, counts)
+    labels = _primitive().bind(*args, num_classes=num_classes)
+    good = _is_class(labels, num_classes)
+    return jnp.where(good, jnp.where(good, labels, 0).astype(jnp.int32), -1)
+
+
+def _is_class(labels: Array, num_classes: int) -> Array:
     """Which labels lie in [0, V). Compared in their own dtype, so nothing wraps."""
     good = labels >= 0
     if num_classes <= jnp.iinfo(labels.dtype).max:
         good &= labels < jnp.asarray(num_classes, labels.dtype)
     return good
-
-
-def checked(labels: Array, num_classes: int, counts: Array | None) -> Array:
-    """`labels`, [N...]. Of the examples in `counts`, or of all, checkify reports the first bad one."""
-    args = (labels,) if counts is None else (labels, counts)
-    return _primitive().bind(*args, num_classes=num_classes)
 
 
 @functools.cache
@@ -78,7 +81,7 @@ def _check(num_classes: int, labels: Array, *counts: Array) -> None:
 
     if labels.size == 0:
         return
-    bad = ~is_class(labels, num_classes)
+    bad = ~_is_class(labels, num_classes)
     for mask in counts:
         bad &= mask
     first = jnp.unravel_index(jnp.argmax(bad), labels.shape)

@@ -21,9 +21,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from . import _arguments, _axis, _backend, _chunks, _cross_entropy, _head
+from . import _arguments, _axis, _backend, _chunks, _head
 from ._axis import AxisName
 from ._head import CrossEntropyAux, Inputs, Values
+from ._label_check import class_index
 from ._weighting import mean_weights, reduce_losses
 
 
@@ -83,12 +84,10 @@ def linear_softmax_cross_entropy(
         `weights * class_weights[label]` of the examples that count (of `weights` for distributions),
         and 0 if there are none.
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device, in every argument that has classes. Labels stay
-        global, and the loss is that of whole rows, the same on all devices of the axis. A "mean" or
-        "sum" is over the examples of this device. With `check_vma=False` differentiate outside the
-        `jax.shard_map`: inside, JAX multiplies gradients by the size of the axis.
-      chunk_size: Examples in a chunk, whose float32 logits are held. None chooses from the shapes and
-      the
+        then the number of classes on this device; labels stay global, and the loss is that of whole
+        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
+        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
+      chunk_size: Examples in a chunk, whose float32 logits are held. None chooses by shapes and
         platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB.
       return_aux: Also return a `CrossEntropyAux`, [N...] each: 0 for examples that do not count, and a
         prediction of -1. The log-normalizer is differentiated exactly; with "mean" and "sum" that takes
@@ -132,7 +131,7 @@ def linear_softmax_cross_entropy(
         hidden, kernel, labels, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
         reduction=reduction, axis_name=axis_name, forward_mode=forward_mode, return_aux=return_aux,
-        chunk_size=chunk_size)  # fmt: skip
+        chunk_size=chunk_size)
     if jax.typeof(checked.hidden).sharding.mesh.explicit_axes:
         return _in_automatic_mode(checked)(checked)
     return loss_of(checked)
@@ -143,29 +142,18 @@ def linear_softmax_cross_entropy(
 
 
 def inputs(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None,
-    ignore_index: int | None,
-    axis_name: AxisName,
-    **options: Any,
-) -> Inputs:
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, *, bias: ArrayLike | None,
+    ignore_index: int | None, axis_name: AxisName, **options: Any,
+) -> Inputs:  # fmt: skip
     """The arguments of `linear_softmax_cross_entropy`, by those names."""
-    hidden = _arguments.floating("hidden", hidden)
-    kernel = _arguments.floating("kernel", kernel)
-    batch = _arguments.head(hidden, kernel)
-    num_classes = kernel.shape[1]
+    hidden = _arguments.array("hidden", hidden, "floating")
+    kernel = _arguments.array("kernel", kernel, "floating")
+    batch, num_classes = _arguments.head(hidden, kernel)
     dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
     if bias is not None:
-        bias = _arguments.floating("bias", bias)
-        _arguments.shape("bias", bias, (num_classes,))
-    has_ids = _arguments.rank("labels", labels) == len(batch)
-    if has_ids:
-        labels, ignore_index = _arguments.class_ids(labels, ignore_index)
-    else:
-        labels = _arguments.real("labels", labels)
+        bias = _arguments.array("bias", bias, "floating", (num_classes,))
+    has_ids = _arguments.rank_of_labels(labels) == len(batch)
+    labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index)
     if labels.shape != (batch if has_ids else (*batch, num_classes)):
         raise ValueError(
             f"labels must have shape {batch}, class ids, or {(*batch, num_classes)}, distributions, "
@@ -179,7 +167,7 @@ def inputs(
     if has_ids:
         checked = checked.where(_arguments.not_ignored(labels, checked.ignore_index))
         count = num_classes * _axis.size(checked.axis_name)
-        labels = _cross_entropy.class_index(labels, count, checked)
+        labels = class_index(labels, count, checked.counts)
     return Inputs(hidden.astype(dtype), kernel.astype(dtype), labels, bias, checked)
 
 
@@ -188,19 +176,23 @@ def loss_of(inputs: Inputs) -> Any:
     """The loss, and the aux if it is asked for, [N...]."""
     batch, options = inputs.hidden.shape[:-1], inputs.options
     shards = _chunks.shards(math.prod(batch))
+    if (
+        options.weights is not None
+    ):  # of weight 0, with a hidden state that is not finite: not valid
+        harmless = (options.weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
+        inputs = dataclasses.replace(inputs, options=options.where(harmless))
     inputs = inputs.map_examples(lambda x: x.reshape(*shards, *x.shape[len(batch) :]))
-    inputs = _varied(_without_rubbish(inputs))
+    inputs = _varied(inputs)
     if options.forward_mode:
         loss, aux = _backend.by_loop(_head.values_forward, inputs)
-    elif options.reduction == "none" or inputs.kernel.dtype == jnp.float16:
-        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
-        loss, aux = _each(inputs)
     else:
-        loss, aux = _total(inputs)
+        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
+        sums = options.reduction != "none" and inputs.kernel.dtype != jnp.float16
+        loss, aux = _rule(sums, inputs)
     if options.reduction == "none":
         loss = loss.reshape(batch)
     else:
-        like = _zeros(inputs)
+        like = _head.nothing(inputs, shards).loss
         weights = mean_weights(inputs.options, inputs.labels if inputs.has_ids else None, like)
         loss = reduce_losses(loss, weights, options.reduction, options.batch_axis)
     if not options.return_aux:
@@ -220,15 +212,6 @@ def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
     return jax.sharding.auto_axes(loss_of, out_sharding=shardings)
 
 
-def _without_rubbish(inputs: Inputs) -> Inputs:
-    """Examples of weight 0 whose hidden states are not finite are not valid."""
-    weights = inputs.options.weights
-    if weights is None:
-        return inputs
-    harmless = (weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
-    return dataclasses.replace(inputs, options=inputs.options.where(harmless))
-
-
 def _varied(inputs: Inputs) -> Inputs:
     """Inside `jax.shard_map`, what varies over a mesh axis makes all else vary: a kernel that each
     device holds whole gets a gradient on each, and JAX sums them once, outside the rules. Over the
@@ -240,119 +223,60 @@ def _varied(inputs: Inputs) -> Inputs:
     return inputs.having(arrays | met)
 
 
-# -- rules --------------------------------------------------------------------------------------------
+# -- the rule -----------------------------------------------------------------------------------------
 
 
-def _wanted(inputs: Inputs) -> tuple[frozenset[str], Inputs]:
-    """The arrays that are differentiated, by name, and what `symbolic_zeros` wraps."""
-    arrays: dict[str, Any] = inputs.arrays()
-    wanted = frozenset(k for k, x in arrays.items() if x.perturbed)
-    return wanted, jax.tree.map(lambda x: x.value, inputs, is_leaf=_is_wrapped)
+class _Residuals(NamedTuple):
+    """What is differentiated is known when the rule is traced, and the backward rule needs to know it.
+    But the residuals must be the same tree whatever that is, for JAX may take one trace's tree for
+    another's (of a jitted function that is differentiated by one argument, and by two). So there is an
+    array for every name, and an empty one for what is not differentiated."""
 
-
-def _is_wrapped(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def _cotangents(inputs: Inputs, gradients: dict[str, Array]) -> Inputs:
-    """In the dtypes of the arguments; None for those that are not differentiated."""
-    arrays = inputs.arrays()
-    return inputs.having({k: g.astype(arrays[k].dtype) for k, g in gradients.items()})
-
-
-def _gradients(
-    wanted: frozenset[str], inputs: Inputs, g_loss: Array, g_log_normalizer: Array
-) -> tuple[Values, dict[str, Array]]:
-    def gradients(loop, *args):
-        return _head.gradients(loop, wanted, *args)
-
-    return _backend.by_loop(gradients, inputs, g_loss, g_log_normalizer)
-
-
-def _zeros(inputs: Inputs) -> Array:
-    return _head.nothing(inputs, inputs.hidden.shape[:2]).loss
-
-
-def _dense(g: Array | SymbolicZero, zeros: Array) -> Array:
-    return zeros if isinstance(g, SymbolicZero) else g
-
-
-# What is differentiated is known when a rule is traced, and the backward rule needs to know it. But the
-# residuals must be the same tree whatever that is, for JAX may take one trace's tree for another's (of a
-# jitted function that is differentiated by one argument, and by two). So there is an array for every
-# name, an empty one where nothing is wanted.
-
-
-def _padded(inputs: Inputs, of_wanted: dict[str, Array]) -> dict[str, Array]:
-    return {k: of_wanted.get(k, jnp.zeros(0)) for k in inputs.arrays()}
-
-
-def _unpadded(padded: dict[str, Array]) -> dict[str, Array]:
-    return {k: x for k, x in padded.items() if x.shape != (0,)}
-
-
-class _TotalResiduals(NamedTuple):
     inputs: Inputs
-    gradients: dict[str, Array]  # of the sum of the losses, padded
+    wanted: dict[str, Array]  # the gradients of the sum; anything, where that is not asked for
 
 
-@jax.custom_vjp
-def _total(inputs: Inputs) -> tuple[Array, CrossEntropyAux]:
-    """The sum of the losses. When it is differentiated, its gradients are computed with it."""
-    values = _backend.by_loop(_head.values, inputs)
-    return jnp.sum(values.loss), values.aux
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rule(sums: bool, inputs: Inputs) -> Values:
+    """The losses one by one, whose gradients take the logits once more; or their sum, whose gradients
+    are computed with it when it is differentiated."""
+    return _summed(sums, _backend.by_loop(_head.values, inputs))
 
 
-def _total_fwd(inputs):
-    wanted, inputs = _wanted(inputs)
-    zeros = _zeros(inputs)
-    values, gradients = _gradients(wanted, inputs, jnp.ones_like(zeros), zeros)
-    residuals = _TotalResiduals(inputs, _padded(inputs, gradients))
-    return (jnp.sum(values.loss), values.aux), residuals
+def _summed(sums: bool, values: Values) -> Values:
+    return Values(jnp.sum(values.loss), values.aux) if sums else values
 
 
-def _total_bwd(residuals, cotangents):
-    inputs, gradients = residuals
-    gradients, zeros = _unpadded(gradients), _zeros(inputs)
-    g, g_log_normalizer = cotangents[0], cotangents[1].log_normalizer
-    g = _dense(g, jnp.zeros((), zeros.dtype))
-    g = _axis.total_cotangent(inputs.options.axis_name, g)
-    if isinstance(g_log_normalizer, SymbolicZero):
-        gradients = {k: g * x.astype(g.dtype) for k, x in gradients.items()}
-    else:  # it is not known to be 0: then the gradients that were computed are not the ones asked for
-        g_log_normalizer = _axis.total_cotangent(inputs.options.axis_name, g_log_normalizer)
-        _, gradients = _gradients(frozenset(gradients), inputs, zeros + g, g_log_normalizer)
-    return (_cotangents(inputs, gradients),)
+def _fwd(sums, inputs):
+    wrapped: dict[str, Any] = inputs.arrays()
+    wanted = frozenset(k for k, x in wrapped.items() if x.perturbed)
+    inputs = inputs.having({k: x.value for k, x in wrapped.items()})
+    if sums:
+        zeros = _head.nothing(inputs, inputs.hidden.shape[:2]).loss
+        both = functools.partial(_head.gradients, wanted)
+        values, gradients = _backend.by_loop(both, inputs, jnp.ones_like(zeros), zeros)
+    else:
+        values = _backend.by_loop(_head.values, inputs)
+        gradients = dict.fromkeys(wanted, jnp.zeros(1))
+    padded = {k: gradients.get(k, jnp.zeros(0)) for k in wrapped}
+    return _summed(sums, values), _Residuals(inputs, padded)
 
 
-_total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
+def _bwd(sums, residuals, cotangents):
+    inputs, arrays = residuals.inputs, residuals.inputs.arrays()
+    gradients = {k: x for k, x in residuals.wanted.items() if x.shape != (0,)}
+    of_loss, of_log_normalizer = cotangents.loss, cotangents.aux.log_normalizer
+    is_scaled = sums and isinstance(of_log_normalizer, SymbolicZero)
+    zeros = _head.nothing(inputs, () if is_scaled else inputs.hidden.shape[:2]).loss
+    g = [zeros if isinstance(x, SymbolicZero) else zeros + x for x in (of_loss, of_log_normalizer)]
+    if is_scaled:
+        g_loss = _axis.total_cotangent(inputs.options.axis_name, g[0])
+        gradients = {k: g_loss * x.astype(g_loss.dtype) for k, x in gradients.items()}
+    else:  # the gradients that were computed with the sum, if any, are not the ones asked for
+        g = _axis.total_cotangent(inputs.options.axis_name, tuple(g))
+        both = functools.partial(_head.gradients, frozenset(gradients))
+        _, gradients = _backend.by_loop(both, inputs, *g)
+    return (inputs.having({k: x.astype(arrays[k].dtype) for k, x in gradients.items()}),)
 
 
-class _EachResiduals(NamedTuple):
-    inputs: Inputs
-    wanted: dict[str, Array]  # anything, padded
-
-
-@jax.custom_vjp
-def _each(inputs: Inputs) -> Values:
-    """The losses one by one. Their gradients take the logits once more."""
-    return _backend.by_loop(_head.values, inputs)
-
-
-def _each_fwd(inputs):
-    wanted, inputs = _wanted(inputs)
-    values = _backend.by_loop(_head.values, inputs)
-    padded = _padded(inputs, dict.fromkeys(wanted, jnp.zeros(1)))
-    return values, _EachResiduals(inputs, padded)
-
-
-def _each_bwd(residuals, cotangents):
-    inputs, wanted = residuals
-    zeros = _zeros(inputs)
-    g = _dense(cotangents.loss, zeros), _dense(cotangents.aux.log_normalizer, zeros)
-    g = _axis.total_cotangent(inputs.options.axis_name, g)
-    _, gradients = _gradients(frozenset(_unpadded(wanted)), inputs, *g)
-    return (_cotangents(inputs, gradients),)
-
-
-_each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
+_rule.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -15,21 +15,15 @@ Shapes: every array here has the rank of the logits and broadcasts to them. `[N,
 shape with the classes on any axes, `[N, 1]` the same with 1 on the class axes. So nothing is
 transposed, and an axis that `jax.vmap` adds is one more in front of everything.
 
-One pass
---------
-`(max, tail)` is a commutative monoid, and `merge` is a reduction operator: `lax.reduce` with it reads
-the logits once. What it carries is `(max, others)`: `others` is the sum of `e^{z_j - R}` over all
-classes but one at the maximum, relative to `R(max)`, the multiple of 4 below the maximum. Two
+One pass: `(max, tail)` is a commutative monoid, and `merge` is a reduction operator: `lax.reduce` with
+it reads the logits once. What it carries is `(max, others)`: `others` is the sum of `e^{z_j - R}` over
+all classes but one at the maximum, relative to `R(max)`, the multiple of 4 below the maximum. Two
 references are equal or differ by 4 and more, and their difference is exact. So a merge either rescales
 nothing, or shrinks what it rescales by e^-4: the roundings of rescaling do not pile up, in whatever
-order the classes come.
+order the classes come. `whole_statistics` merges the parts of rows that devices split.
 
-The same merge serves a row in one go, in chunks, and over many devices (`_split.py`).
-
-Accuracy
---------
-`L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is what training strives
-for. Nothing here cancels:
+Accuracy: `L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is what training
+strives for. Nothing here cancels:
 
 * `tail` is a sum of positive terms. The one of the maximum is left out, not added and subtracted again,
   so a confident row, whose tail is 1e-20, keeps all digits of it.
@@ -38,26 +32,24 @@ for. Nothing here cancels:
 * The label's gradient `o_y - 1 = -(S - e^d) / S` takes the sum over the other classes as `tail -
   expm1(d)`, which again adds two terms that are not negative.
 
-Let u be the unit roundoff, 2^-24 in float32. The loss is within 16u, 1e-6 in float32, with sums that
-are pairwise or in blocks; for a distribution that is not one-hot, relative to `sum_j |y_j| (max - z_j)
-+ |sum(y)| log1p(tail)`. An element of the gradient carries the rounding of its own distance, `|z_j -
-max| u` relatively, and some six roundings more: within `(6 + |z_j - max|) 2^-22` in float32 for one-hot
-targets; for others relative to `o_j |sum(y)| + |y_j|`, for there the gradient has a zero in between.
-Rounding a cotangent to 16 bits comes on top, once. `L` is within 2^-22 of `max(1, |L|)`. Terms below
-the smallest normal number, 2^-126, may be lost, and with a soft-cap the bounds hold for the capped
-logits as they are rounded.
+With the unit roundoff u, 2^-24 in float32, and sums in pairs or blocks:
 
-Logits that the same program computes, `loss(x * t)`, may be fused into the loss: then XLA may leave out
-the rounding of `x * t` where the maximum is subtracted. `distances` takes the smaller of logit and
-maximum first, which keeps the label's distance exact; other classes are off by up to half a unit in the
-last place of the largest logit.
+* The loss is within 16u; for a distribution that is not one-hot, relative to
+  `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. `L` is within 2^-22 of `max(1, |L|)`.
+* An element of the gradient carries the rounding of its own distance and some six more: it is within
+  `(6 + |z_j - max|) 2^-22` in float32; if the targets are not one-hot, relative to `o_j |sum(y)| +
+  |y_j|`, for there it has a zero in between. Rounding to 16 bits comes on top, once.
+* Terms below the smallest normal number, 2^-126, may be lost. With a soft-cap, the bounds hold for the
+  capped logits as they are rounded.
+* XLA may fuse logits that the same program computes, `loss(x * t)`, and leave out the rounding of
+  `x * t` where the maximum is subtracted. `below` takes the smaller of logit and maximum first: the
+  label's distance is exact, and others are off by up to half a unit in the last place of the maximum.
 
 References: the derivative is that of Bridle (1990), "Probabilistic interpretation of feedforward
 classification network outputs"; `merge` is the online normalizer of Milakov and Gimelshein (2018),
 arXiv:1805.02867, with the maximum's own term left out and references on a grid."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,7 +60,9 @@ from jax import Array, lax
 
 from . import _axis
 from ._axis import AxisName
-from ._elementary import below, soft_cap, weigh
+from ._elementary import below, exp_difference, soft_cap, weigh
+
+STATIC = {"static": True}  # of a field: part of a pytree's structure
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
@@ -76,24 +70,21 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["logits", "mask", "softcap", "first_class"],
-    meta_fields=["axes", "axis_name"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Logits as the caller holds them. Residuals keep this, and nothing of its size that was
-    computed."""
+    """Logits as the caller holds them. Residuals keep this, and nothing computed of its size."""
 
     logits: Array  # [N, V], any floating dtype
     mask: Array | None  # bool, broadcasts to [N, V]: the classes to keep
     softcap: Array | None  # [1, 1]
-    first_class: (
-        Array | None
-    )  # int32, [1, 1], of those on this device, if they are split over devices
-    axes: tuple[int, ...]  # the class axes, counted from the last: -1, ...
-    axis_name: AxisName = None  # the mesh axis over which the classes are split
+    first_class: Array | None  # int32, [1, 1], of those on this device, if devices split them
+    axes: tuple[int, ...] = dataclasses.field(
+        metadata=STATIC
+    )  # of the classes, from the last: -1, ...
+    axis_name: AxisName = dataclasses.field(
+        default=None, metadata=STATIC
+    )  # that splits the classes
 
     @property
     def num_classes(self) -> int:
@@ -106,14 +97,18 @@ class Rows:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """[N, 1]."""
-        shape = list(self.logits.shape)
-        for axis in self.axes:
-            shape[axis] = 1
-        return tuple(shape)
+        ndim = self.logits.ndim
+        return tuple(1 if a - ndim in self.axes else n for a, n in enumerate(self.logits.shape))
 
     def expand(self, x: Array) -> Array:
         """[N...] as [N, 1]."""
         return jnp.expand_dims(x, self.axes)
+
+    def expand_classes(self, x: Array) -> Array:
+        """To the full size of the class axes alone: what all rows share stays small."""
+        shape, ndim = self.logits.shape, self.logits.ndim
+        sizes = [shape[a] if a - ndim in self.axes else n for a, n in enumerate(x.shape)]
+        return jnp.broadcast_to(x, sizes)
 
     def classes(self) -> Array:
         """The class ids, int32, [1, V]."""
@@ -160,53 +155,63 @@ class Rows:
     def _pick(self, x: Array, places: Array) -> Array:
         if len(self.axes) == 1:
             return jnp.take_along_axis(x, places, self.axes[0], mode="promise_in_bounds")
-        index: dict[int, Array] = {}
+        index = [lax.broadcasted_iota(jnp.int32, self.row_shape, axis) for axis in range(x.ndim)]
         for axis in reversed(self.axes):
             places, index[axis] = jnp.divmod(places, jnp.int32(x.shape[axis]))
-        for axis in set(range(-x.ndim, 0)) - set(self.axes):
-            index[axis] = lax.broadcasted_iota(jnp.int32, self.row_shape, axis % x.ndim)
-        return x.at[tuple(index[a] for a in range(-x.ndim, 0))].get(mode="promise_in_bounds")
+        return x.at[tuple(index)].get(mode="promise_in_bounds")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["labels", "label_smoothing", "uniform", "class_weights"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Labels as distributions: `w_c ((1 - e) y_c + e / V)`."""
+    """Labels as distributions: `w_c ((1 - e) y_c + e / V)`, y one-hot at `ids`, or else `dense`."""
 
-    labels: (
-        Array  # [N, V], floats (or integers and bools of one-hot rows); or class ids, int32, [N, 1]
-    )
+    ids: Array | None  # class ids, int32, [N, 1]; -1 for a bad one
+    dense: Array | None  # [N, V], floats, or integers and bools of one-hot rows
     label_smoothing: Array | None  # e, [1, 1]
     uniform: Array  # [N, 1] or [1, 1], one over the number of classes in the row, on all devices
     class_weights: Array | None  # [1, V]
 
     def values(self, rows: Rows) -> Array:
         """[N, V]. Targets on masked classes are 0; a class id of -1 makes its row NaN."""
-        if self.has_ids(rows):
-            hot = rows.classes() == self.labels
-            targets = jnp.where(self.labels < 0, jnp.nan, hot.astype(rows.dtype))
-        else:
-            targets = rows.masked(self.labels.astype(rows.dtype), 0)
+        if self.ids is not None:
+            hot = jnp.equal(rows.classes(), self.ids).astype(rows.dtype)
+            targets = jnp.where(self.ids < 0, jnp.nan, hot)
+        elif self.dense is not None:
+            targets = rows.masked(self.dense.astype(rows.dtype), 0)
         if self.label_smoothing is not None:
             uniform = rows.masked(self.uniform, 0)
             targets = (1 - self.label_smoothing) * targets + self.label_smoothing * uniform
-        return targets if self.class_weights is None else weigh(targets, self.class_weights)
-
-    def has_ids(self, rows: Rows) -> bool:
-        return jnp.issubdtype(self.labels.dtype, jnp.integer) and all(
-            self.labels.shape[axis] == 1 for axis in rows.axes
-        )
+        if self.class_weights is not None:
+            targets = weigh(targets, self.class_weights)
+        return jnp.broadcast_to(targets, rows.logits.shape)
 
 
 class Statistics(NamedTuple):
-    """The sum of the exponentials of each row is `(1 + tail) e^max`; both [N, 1]."""
+    """The sum of the exponentials of each row is `(1 + tail) e^max`; both of one shape."""
 
     max: Array
     tail: Array
+
+    def log_normalizer(self) -> Array:
+        return self.max + jnp.log1p(self.tail)
+
+    def label_loss(self, label_distance: Array) -> Array:
+        """`-log o_y`, from the label's distance `z_y - max`."""
+        return jnp.log1p(self.tail) - label_distance
+
+    def target_loss(self, target_sum: Array, target_dot: Array) -> Array:
+        """`-sum_j y_j log o_j`, from the sums of `y` and of `y (z - max)`."""
+        return target_sum * jnp.log1p(self.tail) - target_dot
+
+    def label_factors(
+        self, label_distance: Array, g_loss: Array, g_log_normalizer: Array
+    ) -> tuple[Array, Array]:
+        """The two numbers of `label_cotangent`: `g_loss (o - y) + g_log_normalizer o` for one-hot y."""
+        others = self.tail - jnp.expm1(label_distance)
+        normalizer = others + jnp.exp(label_distance)  # NaN for all of the row if the label is bad
+        at_label = (g_log_normalizer * jnp.exp(label_distance) - g_loss * others) / normalizer
+        return at_label, (g_loss + g_log_normalizer) / normalizer
 
 
 # -- the reduction ------------------------------------------------------------------------------------
@@ -222,10 +227,8 @@ def merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     (max_a, others_a), (max_b, others_b) = a, b
     high, low = jnp.maximum(max_a, max_b), jnp.minimum(max_a, max_b)
     a_leads = max_a >= max_b
-    of_high, of_low = (
-        jnp.where(a_leads, others_a, others_b),
-        jnp.where(a_leads, others_b, others_a),
-    )
+    of_high = jnp.where(a_leads, others_a, others_b)
+    of_low = jnp.where(a_leads, others_b, others_a)
     of_low += jnp.exp(low - reference(low))  # the lower maximum joins the others
     return high, of_high + of_low * jnp.exp(reference(low) - reference(high))
 
@@ -236,25 +239,22 @@ def _merge_labels(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ..
 
 
 def _merge_targets(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`merge`; the sums of `y` and of `y (z - max)`, rebased when the maximum moves; and the largest of
-    further numbers."""
-    (max_a, _, sum_a, dot_a, *more_a), (max_b, _, sum_b, dot_b, *more_b) = a, b
-    high, others = merge(a[:2], b[:2])
+    """`_merge_labels`, with the sums of `y` and of `y (z - max)`, rebased when the maximum moves."""
+    (max_a, others_a, sum_a, dot_a, *more_a), (max_b, others_b, sum_b, dot_b, *more_b) = a, b
+    high, *others = _merge_labels((max_a, others_a, *more_a), (max_b, others_b, *more_b))
     low, sum_low = jnp.minimum(max_a, max_b), jnp.where(max_a < max_b, sum_a, sum_b)
     # An absent class (-inf) whose target is 0 adds nothing, and -inf is not below -inf.
     moved = jnp.where((sum_low == 0) | (low == high), 0, sum_low * (low - high))
-    more = map(jnp.maximum, more_a, more_b)
-    return high, others, sum_a + sum_b, dot_a + dot_b + moved, *more
+    return high, others[0], sum_a + sum_b, dot_a + dot_b + moved, *others[1:]
 
 
 def _reduce(rows: Rows, combiner: Callable, *further: tuple[Array, float]) -> list[Array]:
     """`(max, tail)`, what the combiner makes of `further`, and with a mask whether it keeps a class,
     [N, 1] each, in one pass. `further` are more operands, each with its neutral element."""
     z = rows.values()
-    kept = (
-        () if rows.mask is None else ((jnp.broadcast_to(rows.mask, z.shape).astype(z.dtype), 0.0),)
-    )
-    operands = ((z, -jnp.inf), (jnp.zeros_like(z), 0.0), *further, *kept)
+    operands = [(z, -jnp.inf), (jnp.zeros_like(z), 0.0), *further]
+    if rows.mask is not None:
+        operands.append((jnp.broadcast_to(rows.mask, z.shape).astype(z.dtype), 0.0))
     neutral = tuple(z.dtype.type(x) for _, x in operands)
     axes = sorted(axis % z.ndim for axis in rows.axes)
     out = lax.reduce(tuple(x for x, _ in operands), neutral, combiner, axes)
@@ -268,50 +268,11 @@ def is_minor(rows: Rows) -> bool:
     return rows.axes == tuple(range(-len(rows.axes), 0))
 
 
-# -- the row operations: integer labels ---------------------------------------------------------------
+# -- the row operations -------------------------------------------------------------------------------
 # A backend may compute these instead. Labels are class ids, int32, [N, 1]. With a mask, the statistics
 # end with one more number: 1.0 for rows that keep a class, 0.0 for the others.
 
 
-def with_tangents(tangents: Callable) -> Callable[[Callable], Callable]:
-    """Give a function that returns statistics its derivative, `tangents(out, primals, dots)`."""
-
-    def decorate(function):
-        @jax.custom_jvp
-        def statistics(*args):
-            return function(*args)
-
-        @functools.partial(statistics.defjvp, symbolic_zeros=True)
-        def jvp(primals, dots):
-            out = statistics(*primals)
-            return out, tangents(out, primals, dots)
-
-        return functools.wraps(function)(statistics)
-
-    return decorate
-
-
-def label_tangents(out: tuple[Array, ...], primals: tuple, dots: tuple) -> tuple[Array, ...]:
-    """The tangents of `label_statistics`."""
-    (rows, labels), (_, moving) = primals, moving_arguments(("rows",), primals[:1], dots[:1])
-    # All that is made of the statistics would be the same for any other constant in place of `max`, so
-    # `max` is held constant, and the tail moves with every logit, the largest included.
-    zero, tail, at_label = (jnp.zeros_like(x) for x in out[:3])
-    if moving:
-        z_dot, tail = _tail_tangent(rows, moving["rows"], out[0])
-        at_label = sum_classes(rows, jnp.where(rows.classes() == labels, z_dot, 0))
-    return zero, tail, at_label, *map(jnp.zeros_like, out[3:])
-
-
-def _tail_tangent(rows: Rows, rows_dot: Rows, highest: Array) -> tuple[Array, Array]:
-    """The tangents of the values, [N, V], and of the tail."""
-    z_dot = tangent_of(Rows.values, rows, rows_dot)
-    # Of a row split over devices, the classes here may all be absent.
-    exponentials = jnp.where(jnp.isneginf(highest), 0, jnp.exp(distances(rows, highest)))
-    return z_dot, sum_classes(rows, exponentials * z_dot)
-
-
-@with_tangents(label_tangents)
 def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
     """The maximum, the tail, and the logit at the label, [N, 1] each. Where the label is none of the
     classes, the last is anything."""
@@ -338,98 +299,58 @@ def capped_at(rows: Rows, at_label: Array, highest: Array, uncapped: Array | Non
     return capped if uncapped is None else jnp.where(at_label == uncapped, highest, capped)
 
 
-def label_cotangent(
-    rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array
-) -> "Cotangent":
+def label_sums(rows: Rows, labels: Array, highest: Array) -> tuple[Array, Array]:
+    """The tail, but for a constant, and the logit at the label, given the maximum."""
+    at_label = jnp.where(rows.classes() == labels, rows.values(), 0)
+    return _sum_exponentials(rows, highest), sum_classes(rows, at_label)
+
+
+def label_cotangent(rows: Rows, *args: Array) -> list[Array]:
     """`at_label` at the label and `elsewhere * e^{z - max}` elsewhere, as the cotangent of `rows`. Two
     zeros make the row 0, whatever its logits hold."""
-    rows = read_again(rows)
-    return cotangent_of(rows, label_cotangent_of_values(rows, labels, highest, at_label, elsewhere))
+    rows = lax.optimization_barrier(rows)
+    return cotangent_of(rows, label_cotangent_of_values(rows, *args))
 
 
 def label_cotangent_of_values(
-    rows: Rows,
-    labels: Array,
-    highest: Array,
-    at_label: Array,
-    elsewhere: Array,
-    *,
-    subtract: Callable = jnp.subtract,
-) -> Array:
+    rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array,
+    *, subtract: Callable = jnp.subtract,
+) -> Array:  # fmt: skip
     """The same of `rows.values()`, [N, V]. Where no barrier lies before it, subtract by `below`."""
     exponentials = jnp.exp(subtract(rows.values(), highest))
     is_lost = (elsewhere == 0) & ~jnp.isfinite(highest)  # then `at_label` is 0, too
     return jnp.where((rows.classes() == labels) | is_lost, at_label, elsewhere * exponentials)
 
 
-# -- the row operations: distributions ----------------------------------------------------------------
-
-
-def target_tangents(out: tuple[Array, ...], primals: tuple, dots: tuple) -> tuple[Array, ...]:
-    """The tangents of `target_statistics`."""
-    highest, names = out[0], ("rows", "targets")
-    at, moving = moving_arguments(names, primals, dots)
-
-    def sums(moved):
-        rows, targets = (moved.get(name, x) for name, x in zip(names, primals, strict=True))
-        return target_sums(rows, targets, highest)
-
-    _, sums_dot = jax.jvp(sums, (at,), (moving,))
-    zero = tail = jnp.zeros_like(highest)
-    if "rows" in moving:
-        _, tail = _tail_tangent(primals[0], moving["rows"], highest)
-    return zero, tail, *sums_dot, *map(jnp.zeros_like, out[4:])
-
-
-@with_tangents(target_tangents)
 def target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
     """The maximum, the tail, and the sums of `y` and of `y (z - max)`, [N, 1] each."""
     if not is_minor(rows):
         highest, tail = _reduce(rows, _merge_labels)[:2]
-        return highest, tail, *target_sums(rows, targets, highest), *keeps_class(rows)
-    y = jnp.broadcast_to(targets.values(rows), rows.logits.shape)
+        return highest, tail, *target_sums(rows, targets, highest)[1:], *keeps_class(rows)
+    y = targets.values(rows)
     return tuple(_reduce(rows, _merge_targets, (y, 0.0), (jnp.zeros_like(y), 0.0)))
 
 
-def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Array]:
-    """The last two, given the maximum."""
-    y, z = jnp.broadcast_to(targets.values(rows), rows.logits.shape), rows.values()
+def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Array, Array]:
+    """The tail, but for a constant, and the two sums, given the maximum."""
+    y, z = targets.values(rows), rows.values()
     # An absent class (-inf) whose target is 0 adds nothing, and -inf is not below -inf.
     is_nothing = jnp.isneginf(z) & ((y == 0) | jnp.isneginf(highest))
-    distance = jnp.where(is_nothing, 0, below(z, highest))
-    return sum_classes(rows, y), sum_classes(rows, y * distance)
+    dot = y * jnp.where(is_nothing, 0, below(z, highest))
+    return _sum_exponentials(rows, highest), sum_classes(rows, y), sum_classes(rows, dot)
 
 
-def target_cotangent(
-    rows: Rows,
-    targets: Targets,
-    highest: Array,
-    tail: Array,
-    target_sum: Array,
-    g_loss: Array,
-    g_log_normalizer: Array,
-) -> "Cotangent":
+def target_cotangent(rows: Rows, targets: Targets, *args: Array) -> list[Array]:
     """`g_loss (o sum(y) - y) + g_log_normalizer o`, as the cotangent of `rows`. Where both factors are
     0 the row is 0, whatever its logits hold."""
-    rows, targets = read_again(rows, targets)
-    of_values = target_cotangent_of_values(
-        rows, targets, highest, tail, target_sum, g_loss, g_log_normalizer
-    )
-    is_lost = (g_loss == 0) & (g_log_normalizer == 0) & ~jnp.isfinite(tail + target_sum)
-    return cotangent_of(rows, jnp.where(is_lost, 0, of_values))
+    rows, targets = lax.optimization_barrier((rows, targets))
+    return cotangent_of(rows, target_cotangent_of_values(rows, targets, *args))
 
 
 def target_cotangent_of_values(
-    rows: Rows,
-    targets: Targets,
-    highest: Array,
-    tail: Array,
-    target_sum: Array,
-    g_loss: Array,
-    g_log_normalizer: Array,
-    *,
-    subtract: Callable = jnp.subtract,
-) -> Array:
+    rows: Rows, targets: Targets, highest: Array, tail: Array, target_sum: Array, g_loss: Array,
+    g_log_normalizer: Array, *, subtract: Callable = jnp.subtract,
+) -> Array:  # fmt: skip
     """The same of `rows.values()`, [N, V]."""
     y, distance, normalizer = targets.values(rows), subtract(rows.values(), highest), 1 + tail
     exponentials = jnp.exp(distance)
@@ -438,12 +359,13 @@ def target_cotangent_of_values(
     near = ((target_sum - y) + target_sum * (exponentials - 1) - y * tail) / normalizer
     far = target_sum * exponentials / normalizer - y
     of_loss = g_loss * jnp.where(distance > -(2.0**-6), near, far)
-    return of_loss + g_log_normalizer * exponentials / normalizer
+    is_lost = (g_loss == 0) & (g_log_normalizer == 0) & ~jnp.isfinite(tail + target_sum)
+    return jnp.where(is_lost, 0, of_loss + g_log_normalizer * exponentials / normalizer)
 
 
 def target_costs(rows: Rows, targets: Targets, highest: Array, tail: Array, g_loss: Array) -> Array:
     """`g_loss (-log o)`, the cotangent of `targets.values(rows)`, [N, V]."""
-    cost = jnp.log1p(tail) - distances(rows, highest)
+    cost = jnp.log1p(tail) - below(rows.values(), highest)
     # An absent class is infinitely dear, and 0 times that is NaN.
     unused = (g_loss == 0) & ~jnp.isfinite(cost)
     if rows.mask is not None:
@@ -451,60 +373,38 @@ def target_costs(rows: Rows, targets: Targets, highest: Array, tail: Array, g_lo
     return g_loss * jnp.where(unused, 0, cost)
 
 
-# -- from the statistics to the loss ------------------------------------------------------------------
-# All [N, 1].
-
-
-def log_normalizer(stats: Statistics) -> Array:
-    """`log sum_j e^{z_j}`."""
-    return stats.max + jnp.log1p(stats.tail)
-
-
-def label_loss(label_distance: Array, stats: Statistics) -> Array:
-    """`-log o_y`, from the label's distance `z_y - max`."""
-    return jnp.log1p(stats.tail) - label_distance
-
-
-def label_factors(
-    label_distance: Array, stats: Statistics, g_loss: Array, g_log_normalizer: Array
-) -> tuple[Array, Array]:
-    """The two numbers of `label_cotangent`: `g_loss (o - y) + g_log_normalizer o` for one-hot y."""
-    others = stats.tail - jnp.expm1(label_distance)
-    normalizer = others + jnp.exp(label_distance)  # NaN for all of the row if the label is bad
-    at_label = (g_log_normalizer * jnp.exp(label_distance) - g_loss * others) / normalizer
-    return at_label, (g_loss + g_log_normalizer) / normalizer
-
-
-def target_loss(target_sum: Array, target_dot: Array, stats: Statistics) -> Array:
-    """`-sum_j y_j log o_j`."""
-    return target_sum * jnp.log1p(stats.tail) - target_dot
-
-
-def only(counts: Array | None, x: Array, probe: Array) -> Array:
-    """`x`, [N, 1 or V], and exactly 0 in rows that do not count. Finite rows are 0 already, through
-    their weight of 0, whose derivative needs them; only rows where `probe` is not finite need
-    masking."""
-    return x if counts is None else jnp.where(counts | jnp.isfinite(probe), x, 0)
-
-
-def without_empty_rows(
-    counts: Array | None, statistics: list[Array], kept: list[Array]
-) -> tuple[Array | None, list[Array]]:
-    """Which rows count, and their statistics, where the mask keeps no class of some: those do not
-    count, and their maximum, -inf, would be NaN in derivatives."""
-    if not kept:
-        return counts, statistics
-    is_kept = kept[0] > 0
-    counts = is_kept if counts is None else counts & is_kept
-    return counts, [jnp.where(is_kept, x, 0) for x in statistics]
+def whole_statistics(
+    rows: Rows, labels: Array | Targets, axis_name: AxisName, local: Callable
+) -> tuple[Array, ...]:
+    """The statistics of whole rows, given the function `local` for the classes on this device. All that
+    crosses the mesh axis is one maximum and one sum. Labels are class ids, [N, 1], or distributions."""
+    highest, tail, *sums = local(rows, labels)
+    if axis_name is None:
+        return highest, tail, *sums
+    whole = _axis.largest(axis_name, highest)
+    if isinstance(labels, Targets):  # the sums of y and y (z - max)
+        is_absent = (sums[0] == 0) & jnp.isneginf(highest)
+        sums[1] += sums[0] * jnp.where(is_absent | (highest == whole), 0, highest - whole)
+    else:  # the logit at the label
+        places = rows.places(labels)
+        sums[0] = jnp.where((places >= 0) & (places < rows.num_classes), sums[0], 0)
+    # Classes that are all absent here are none, not a row of its own.
+    tail = jnp.where(jnp.isneginf(highest), -1, tail)
+    leads = highest == whole
+    tail = jnp.where(leads, tail, (1 + tail) * exp_difference(highest, whole))
+    crossing = jnp.stack([tail, leads.astype(tail.dtype), *sums])
+    tail, leaders, *sums = _axis.total(axis_name, crossing)
+    # The one is left out of the first leader alone. NaN if the maximum is infinite.
+    return whole, tail + (leaders - 1) + (whole - whole), *sums
 
 
 # -- pieces -------------------------------------------------------------------------------------------
 
 
-def distances(rows: Rows, highest: Array) -> Array:
-    """How far each logit lies below the maximum, `z - max`, [N, V]: never positive, 0 at the maximum."""
-    return below(rows.values(), highest)
+def counted(counts: Array | None, x: Array, probe: Array) -> Array:
+    """`x`, and exactly 0 in rows that do not count. Finite rows are 0 already, through their weight of
+    0, whose derivative needs them; only rows where `probe` is not finite need masking."""
+    return x if counts is None else jnp.where(counts | jnp.isfinite(probe), x, 0)
 
 
 def keeps_class(rows: Rows) -> tuple[Array, ...]:
@@ -519,23 +419,15 @@ def sum_classes(rows: Rows, x: Array) -> Array:
     return jnp.sum(x, axis=rows.axes, keepdims=True)
 
 
-class Cotangent(NamedTuple):
-    """What a backend returns as the cotangent of `Rows`; a mask has none."""
-
-    logits: Array  # [N, V], in the logits' dtype
-    softcap: Array | None  # [N, 1], of each row
-
-    def of(self, rows: Rows) -> Rows:
-        softcap = self.softcap
-        if softcap is not None:
-            softcap = jnp.sum(softcap, keepdims=True)
-        return dataclasses.replace(
-            rows, logits=self.logits, mask=None, softcap=softcap, first_class=None
-        )
+def _sum_exponentials(rows: Rows, highest: Array) -> Array:
+    # Of a row split over devices, the classes here may all be absent.
+    is_empty = jnp.isneginf(highest)
+    return sum_classes(rows, jnp.where(is_empty, 0, jnp.exp(below(rows.values(), highest))))
 
 
-def cotangent_of(rows: Rows, of_values: Array) -> Cotangent:
-    """The cotangent of `rows` from that of `rows.values()`."""
+def cotangent_of(rows: Rows, of_values: Array) -> list[Array]:
+    """From the cotangent of `rows.values()` that of the logits, [N, V] in their dtype, and of the
+    soft-cap, if there is one, [N, 1]: for each row."""
     softcap = None if rows.softcap is None else jnp.broadcast_to(rows.softcap, rows.row_shape)
 
     def values(logits, softcap):
@@ -543,7 +435,7 @@ def cotangent_of(rows: Rows, of_values: Array) -> Cotangent:
 
     out, vjp = jax.vjp(values, rows.logits, softcap)
     # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
-    return Cotangent(*vjp(_axis.vary(of_values, _axis.varying(out))))
+    return jax.tree.leaves(vjp(_axis.vary(of_values, _axis.varying(out))))
 
 
 def targets_cotangent(rows: Rows, targets: Targets, of_values: Array) -> Targets:
@@ -556,36 +448,37 @@ def targets_cotangent(rows: Rows, targets: Targets, of_values: Array) -> Targets
     return vjp(of_values)[0]
 
 
-def tangent_of(values: Callable, view: Any, view_dot: Any) -> Array:
-    """The tangent of `values(view)`, [N, V]."""
-    return jax.jvp(values, (view,), (view_dot,))[1]
+def moving(primals: tuple, dots: tuple) -> dict[int, Any]:
+    """Of a JVP rule with `symbolic_zeros`, the tangents of those arguments that move at all, by
+    position. The others are left out: an infinity times a tangent of 0 would be NaN."""
+    zero = jax.custom_derivatives.SymbolicZero
 
+    def dense(dot, primal):
+        if not isinstance(dot, zero):
+            return dot
+        return _axis.vary(jnp.zeros(dot.shape, dot.dtype), _axis.varying(primal))
 
-def read_again(*trees: Any) -> Any:
-    """The same arrays, for the backward pass. Without the barrier the compiler would keep a widened or
-    capped copy of the logits from the forward pass, to compute it once."""
-    out = lax.optimization_barrier(trees)
-    return out if len(out) > 1 else out[0]
-
-
-def moving_arguments(
-    names: tuple[str, ...], primals: tuple, dots: tuple
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By name, those arguments of a JVP rule with `symbolic_zeros` that move at all, and their tangents.
-    The others are left out: an infinity times a tangent of 0 would be NaN."""
-    moving = {
-        name: (primal, jax.tree.map(_instantiate, dot, primal, is_leaf=is_symbolic_zero))
-        for name, primal, dot in zip(names, primals, dots, strict=True)
-        if not all(map(is_symbolic_zero, jax.tree.leaves(dot, is_leaf=is_symbolic_zero)))
+    return {
+        i: jax.tree.map(dense, dot, primal)
+        for i, (primal, dot) in enumerate(zip(primals, dots, strict=True))
+        if not all(isinstance(x, zero) for x in jax.tree.leaves(dot))
     }
-    return {k: x for k, (x, _) in moving.items()}, {k: x for k, (_, x) in moving.items()}
 
 
-def is_symbolic_zero(x: object) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
+def tangent_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> Any:
+    """The tangent of `function(*primals)`, given those of the arguments that move."""
+
+    def of_moving(moved):
+        return function(*(moved.get(i, x) for i, x in enumerate(primals)))
+
+    return jax.jvp(of_moving, ({i: primals[i] for i in moving},), (moving,))[1]
 
 
-def _instantiate(tangent: Any, primal: Any) -> Any:
-    if not is_symbolic_zero(tangent):
-        return tangent
-    return _axis.vary(jnp.zeros(tangent.shape, tangent.dtype), _axis.varying(primal))
+def statistics_tangents(
+    sums: Callable, statistics: list[Array], primals: tuple, dots: tuple
+) -> list[Array]:
+    """The tangents of statistics. All that is made of them would be the same for any other constant in
+    place of the maximum; so that is held constant, and the tail moves with every logit."""
+    of_sums = tangent_of(lambda *args: sums(*args, statistics[0]), primals, moving(primals, dots))
+    zeros = [jnp.zeros_like(x) for x in statistics]
+    return [zeros[0], *of_sums, *zeros[1 + len(of_sums) :]]

@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,20 +13,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from . import _cross_entropy, _head, _linear
+from . import _arguments, _cross_entropy, _head, _linear
 from ._axis import AxisName
 from ._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 from ._head import CrossEntropyAux
 from ._linear import linear_softmax_cross_entropy
 
+AnyMesh = Mesh | AbstractMesh
+
 
 def shard(
-    loss: Callable[..., Any],
-    mesh: Mesh | AbstractMesh | None = None,
-    *,
-    batch: AxisName = "data",
+    loss: Callable[..., Any], mesh: AnyMesh | None = None, *, batch: AxisName = "data",
     classes: AxisName = None,
-) -> Callable[..., Any]:
+) -> Callable[..., Any]:  # fmt: skip
     """One of the losses as the same function of global arrays, run by `jax.shard_map` on a mesh.
 
     The examples are split over `batch`, the classes over `classes`. Between the devices of `classes`
@@ -68,9 +68,9 @@ def shard(
         raise ValueError(f"loss must be one of {known} (options go to the call), got {loss!r}")
     if not isinstance(mesh, Mesh | AbstractMesh | None):
         raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {mesh!r}")
-    inputs, plan = _LOSSES[loss]
-    signature = inspect.signature(loss)
-    of_batch, of_classes = _axes("batch", batch), _axes("classes", classes)
+    inputs, plan, signature = *_LOSSES[loss], inspect.signature(loss)
+    of_batch = _arguments.mesh_axes("batch", batch)
+    of_classes = _arguments.mesh_axes("classes", classes)
     used = of_batch + of_classes
     if len(set(used)) < len(used):
         raise ValueError(f"batch and classes must name an axis once, got {batch!r} and {classes!r}")
@@ -85,9 +85,9 @@ def shard(
         if on.empty:
             raise ValueError("mesh must be given, or set by jax.set_mesh")
         for name, axes in (("batch", of_batch), ("classes", of_classes)):
-            if missing := [axis for axis in axes if axis not in on.axis_names]:
+            for axis in set(axes) - set(on.axis_names):
                 raise ValueError(
-                    f"{name} must name axes of the mesh, {on.axis_names}, got {missing[0]!r}"
+                    f"{name} must name axes of the mesh, {on.axis_names}, got {axis!r}"
                 )
         if manual := sorted(set(used) & set(on.manual_axes)):
             raise ValueError(
@@ -102,9 +102,9 @@ def shard(
             arguments.options, axis_name=of_classes or None, batch_axis=of_batch or None
         )
         arguments = dataclasses.replace(arguments, options=options)
-        program = plan(on, of_batch, of_classes, arguments)
+        program = plan(_Split(on, of_batch, of_classes), arguments)
         if on.explicit_axes:
-            shardings = jax.tree.map(functools.partial(NamedSharding, on), program.in_specs)
+            shardings = jax.tree.map(partial(NamedSharding, on), program.in_specs)
             arguments = jax.tree.map(jax.sharding.reshard, arguments, shardings)
         return _compiled(program, mesh, on)(arguments)
 
@@ -114,13 +114,6 @@ def shard(
 def _spec(*axes: Any) -> Any:
     """Put where an array stands in a tree of arrays."""
     return PartitionSpec(*(axis or None for axis in axes))
-
-
-def _axes(name: str, x: AxisName) -> tuple[str, ...]:
-    axes = () if x is None else (x,) if isinstance(x, str) else x
-    if not isinstance(axes, tuple) or not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(f"{name} must be the name of a mesh axis, several or None, got {x!r}")
-    return axes
 
 
 class _Program(NamedTuple):
@@ -133,9 +126,7 @@ class _Program(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(
-    program: _Program, mesh: Mesh | AbstractMesh | None, on: Mesh | AbstractMesh
-) -> Callable[..., Any]:
+def _compiled(program: _Program, mesh: AnyMesh | None, on: AnyMesh) -> Callable[..., Any]:
     """For that mesh, or else for the ambient one, which it is `on`."""
 
     def on_each_device(inputs: Any) -> Any:
@@ -148,12 +139,16 @@ def _compiled(
     return jax.jit(jax.shard_map(on_each_device, mesh=mesh, **specs))
 
 
-def _check_divides(what: str, size: int, mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> None:
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-    if size % devices:
-        raise ValueError(
-            f"{what} must divide evenly over the {devices} devices of {', '.join(axes)}, got {size}"
-        )
+class _Split(NamedTuple):
+    mesh: AnyMesh
+    batch: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def check_divides(self, what: str, size: int, axes: tuple[str, ...]) -> None:
+        n = math.prod(self.mesh.shape[axis] for axis in axes)
+        if size % n:
+            over = f"over the {n} devices of {', '.join(axes)}"
+            raise ValueError(f"{what} must divide evenly {over}, got {size}")
 
 
 def _option_specs(options: Any, of_example: Any, of_class: Any) -> Any:
@@ -164,53 +159,39 @@ def _option_specs(options: Any, of_example: Any, of_class: Any) -> Any:
     )
 
 
-def _plan_logits(
-    mesh: Mesh | AbstractMesh,
-    batch: tuple[str, ...],
-    classes: tuple[str, ...],
-    inputs: _cross_entropy.Inputs,
-) -> _Program:
+def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
     shape, axes = inputs.logits.shape, inputs.axes
     of_rows = [axis for axis in range(len(shape)) if axis not in axes]
-    if not of_rows:
-        batch = ()
-    split: dict[int, tuple[str, ...]] = {axes[0]: classes}
+    of_axis = {axes[0]: split.classes}
     if of_rows:
-        split[of_rows[0]] = batch
-        _check_divides("the first axis of the examples", shape[of_rows[0]], mesh, batch)
-    _check_divides("the classes" if len(axes) == 1 else "the first class axis", shape[axes[0]],
-                   mesh, classes)  # fmt: skip
+        of_axis[of_rows[0]] = split.batch
+        split.check_divides("the first axis of the examples", shape[of_rows[0]], split.batch)
+    what = "the classes" if len(axes) == 1 else "the first class axis"
+    split.check_divides(what, shape[axes[0]], split.classes)
 
     def spec(x: Array) -> Any:
         """Of an array of the logits' rank; one that is broadcast is whole."""
-        return _spec(*(None if n == 1 else split.get(a) for a, n in enumerate(x.shape)))
+        return _spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
 
-    row = _spec(*(split.get(axis) for axis in of_rows))
+    row = _spec(*(of_axis.get(axis) for axis in of_rows))
     in_specs = _cross_entropy.Inputs(
         logits=spec(inputs.logits),
         labels=row if inputs.has_ids else spec(inputs.logits),
         mask=None if inputs.mask is None else spec(inputs.mask),
-        options=_option_specs(inputs.options, row, _spec(classes)),
+        options=_option_specs(inputs.options, row, _spec(split.classes)),
         axes=axes,
     )
     out_specs = row if inputs.options.reduction == "none" else _spec()
     return _Program(_cross_entropy.loss_of, None, in_specs, out_specs)
 
 
-def _plan_head(
-    mesh: Mesh | AbstractMesh,
-    batch: tuple[str, ...],
-    classes: tuple[str, ...],
-    inputs: _head.Inputs,
-) -> _Program:
-    rank = inputs.hidden.ndim - 1
-    if rank == 0:
-        batch = ()
-    else:
-        _check_divides("the first axis of the examples", len(inputs.hidden), mesh, batch)
-    _check_divides("the classes", inputs.kernel.shape[1], mesh, classes)
-    row = _spec(*[batch, *[None] * (rank - 1)][:rank])
-    gather = _gathered(inputs.kernel, batch)
+def _plan_head(split: _Split, inputs: _head.Inputs) -> _Program:
+    rank, classes = inputs.hidden.ndim - 1, split.classes
+    if rank:
+        split.check_divides("the first axis of the examples", len(inputs.hidden), split.batch)
+    split.check_divides("the classes", inputs.kernel.shape[1], classes)
+    row = _spec(*[split.batch, *[None] * (rank - 1)][:rank])
+    gather = _gathered(inputs.kernel, split.batch if rank else ())
     in_specs = _head.Inputs(
         hidden=_spec(*row, None),
         kernel=_spec(gather, classes),
@@ -237,12 +218,9 @@ def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 _LOSSES: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] = {
-    softmax_cross_entropy: (
-        functools.partial(_cross_entropy.inputs, has_ids=False),
-        _plan_logits,
-    ),
+    softmax_cross_entropy: (partial(_cross_entropy.inputs, has_ids=False), _plan_logits),
     softmax_cross_entropy_with_integer_labels: (
-        functools.partial(_cross_entropy.inputs, has_ids=True),
+        partial(_cross_entropy.inputs, has_ids=True),
         _plan_logits,
     ),
     linear_softmax_cross_entropy: (_linear.inputs, _plan_head),

@@ -13,6 +13,11 @@ from ._axis import AxisName
 from ._elementary import times
 
 
+def only(mask: Array | None, x: Array, other: float = 0) -> Array:
+    """`x` where the mask holds, or everywhere if it is None, and `other` elsewhere."""
+    return x if mask is None else jnp.where(mask, x, other)
+
+
 class Losses(NamedTuple):
     """Of each example, [N...]."""
 
@@ -31,27 +36,21 @@ def weighted(
         of_class = loss if class_weight is None else times(class_weight, loss)
         finite = jnp.isfinite(of_class) & jnp.isfinite(log_normalizer)
         kept = options.where((options.weights != 0) | finite).valid
-    if kept is not None:
-        loss, log_normalizer = jnp.where(kept, loss, 0), jnp.where(kept, log_normalizer, 0)
+    loss, log_normalizer = only(kept, loss), only(kept, log_normalizer)
     if class_weight is not None:
         loss = times(class_weight, loss)
     if options.z_loss is not None:
         loss = loss + options.z_loss * jnp.square(log_normalizer)
     if options.weights is not None or options.valid is not None:
         loss = example_weights(options, loss) * loss
-    counts = options.counts
-    if counts is not None:
-        log_normalizer = jnp.where(counts, log_normalizer, 0)
-    return Losses(loss, log_normalizer, options.valid)
+    return Losses(loss, only(options.counts, log_normalizer), options.valid)
 
 
 def excuse(labels: Array, options: Options) -> tuple[Array, Options]:
     """A bad class id, -1, is none where its example does not count."""
     if options.weights is not None:
         options = options.where(~((labels < 0) & (options.weights == 0)))
-    if options.valid is not None:
-        labels = jnp.where(options.valid, labels, 0)
-    return labels, options
+    return only(options.valid, labels), options
 
 
 def class_weight_of(labels: Array, options: Options) -> Array | None:
@@ -69,7 +68,7 @@ def class_weight_of(labels: Array, options: Options) -> Array | None:
 def example_weights(options: Options, like: Array) -> Array:
     """[N...], the weights of the valid examples, in the shape and dtype of `like`."""
     weights = jnp.ones_like(like) if options.weights is None else options.weights
-    return weights if options.valid is None else jnp.where(options.valid, weights, 0)
+    return only(options.valid, weights)
 
 
 def mean_weights(options: Options, labels: Array | None, like: Array) -> Array | int:

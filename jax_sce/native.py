@@ -29,11 +29,7 @@ class Status(NamedTuple):
     detail: str
 
     def __str__(self) -> str:
-        return (
-            f"native kernel: {self.detail}"
-            if self.available
-            else f"no native kernel: {self.detail}"
-        )
+        return f"{'native' if self.available else 'no native'} kernel: {self.detail}"
 
 
 @functools.cache
@@ -75,12 +71,9 @@ def _load(library: ctypes.CDLL, choice: str) -> Status:
     built = library.jax_sce_ffi_major(), library.jax_sce_ffi_minor()
     running = _ffi_version()
     if running is not None and (built[0] != running[0] or built > running):
-        built_text, running_text = (".".join(map(str, x)) for x in (built, running))
-        return Status(
-            False,
-            f"built for version {built_text} of XLA's FFI, and the installed jaxlib has {running_text}: "
-            "reinstall jax_sce",
-        )
+        needed, has = (".".join(map(str, x)) for x in (built, running))
+        why = f"built for version {needed} of XLA's FFI, and the installed jaxlib has {has}"
+        return Status(False, f"{why}: reinstall jax_sce")
     library.jax_sce_use.restype = ctypes.c_char_p
     level = library.jax_sce_use(b"best" if choice == "1" else choice.encode())
     if level is None:

@@ -21,17 +21,11 @@ from jax.typing import ArrayLike
 
 
 def softmax_cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None = None,
-    *,
-    label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
+    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
+    label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
     reduction: str = "none",
-) -> Array:
+) -> Array:  # fmt: skip
     """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)` for distributions, [N..., V].
 
     Raises:
@@ -52,18 +46,11 @@ def softmax_cross_entropy(
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None = None,
-    *,
-    ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None,
-    reduction: str = "none",
-) -> Array:
+    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
+    ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, reduction: str = "none",
+) -> Array:  # fmt: skip
     """The same for one class each, `y_c = [c = label]`, [N...].
 
     Raises:

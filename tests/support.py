@@ -11,6 +11,7 @@ from jax_sce import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
 )
+from jax_sce._rows import Targets
 from jax_sce.testing._oracle import wide
 
 # Every tolerance of the tests, relative unless said otherwise.
@@ -121,3 +122,9 @@ def saved(fn, *args):
     """What reverse mode keeps, as `(shape, dtype, is an argument)`, without running anything."""
     jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(jax.vjp(fn, *args)[1]))(*args).jaxpr
     return [(v.aval.shape, v.aval.dtype, v in jaxpr.invars) for v in jaxpr.outvars]
+
+
+def targets_of(y, label_smoothing, uniform, class_weights):
+    """`Targets` of class ids, int32, [N, 1], or of distributions, [N, V]."""
+    ids, dense = (y, None) if y.dtype == jnp.int32 else (None, y)
+    return Targets(ids, dense, label_smoothing, uniform, class_weights)

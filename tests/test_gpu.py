@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TOLERANCE, rng
+from support import TOLERANCE, rng, targets_of
 
 from jax_sce import _cpu, _gpu
-from jax_sce._rows import Rows, Targets
+from jax_sce._rows import Rows
 
 V = 1300  # a step of the lanes and a part
 INF, NAN = np.inf, np.nan
@@ -72,12 +72,13 @@ def test_rows(kind, mask, softcap):
     rows = Rows(jnp.asarray(logits()), masks(mask), cap, None, (-1,))
     ids = jnp.asarray(rng(2).integers(0, 3, (13, 1)), jnp.int32)
     uniform = jnp.full((1, 1), 1 / V)
+    p = jax.nn.softmax(jnp.asarray(rng(3).normal(size=(13, V)), jnp.float32))
+    smoothing, weights = jnp.full((1, 1), 0.1), jnp.linspace(0, 2, V)[None]
     args = {
         "ids": ids,
-        "smoothed ids": Targets(ids, jnp.full((1, 1), 0.1), uniform, jnp.linspace(0, 2, V)[None]),
-        "distributions": Targets(jax.nn.softmax(jnp.asarray(rng(3).normal(size=(13, V)), jnp.float32)),
-                                 None, uniform, None),
-    }[kind]  # fmt: skip
+        "smoothed ids": targets_of(ids, smoothing, uniform, weights),
+        "distributions": targets_of(p, None, uniform, None),
+    }[kind]
     name = "label_statistics" if kind == "ids" else "target_statistics"
     got = functools.partial(getattr(_gpu, name), interpret=True)(rows, args)
     want = jax.jit(_cpu.FORMS[name])(rows, args)

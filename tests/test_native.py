@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
+from support import targets_of
 
 from jax_sce import (
     _cpu,
@@ -22,7 +23,7 @@ from jax_sce import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels as integer_loss,
 )
-from jax_sce._rows import Rows, Targets
+from jax_sce._rows import Rows
 from jax_sce.testing import collectives
 
 needs_kernels = pytest.mark.skipif(
@@ -162,7 +163,7 @@ def test_they_are_what_plain_jax_is(num_classes, dtype, mask, run):
     weights = jnp.linspace(0, 2, num_classes)[None]
     for options in ((None, uniform, None), (smoothing, uniform, weights)):
         for y in (targets, ids):
-            args = view, Targets(y, *options)
+            args = view, targets_of(y, *options)
             want = run_plain("target_statistics", *args)
             for got in run("target_statistics", *args):
                 assert_close(of_targets(got), of_targets(want), 32 * U, lost)
@@ -193,7 +194,7 @@ def test_infinite_cotangents_are_as_in_plain_jax(run):
     for num_classes in (3, 300):
         z, _, where, targets, *_ = problem(2, num_classes, "float32", "none")
         g = jnp.array([[jnp.inf], [-jnp.inf]])
-        args = rows(z, where), Targets(targets, None, jnp.full((1, 1), 1 / num_classes), None)
+        args = rows(z, where), targets_of(targets, None, jnp.full((1, 1), 1 / num_classes), None)
         largest, tail, mass, _ = run_plain("target_statistics", *args)
         args = *args, largest, tail, mass, g, jnp.zeros((2, 1))
         want = run_plain("target_cotangent", *args)

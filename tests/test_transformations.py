@@ -10,10 +10,10 @@ import optax
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, quick, rng
+from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, quick, rng, targets_of
 
 from jax_sce import _cross_entropy
-from jax_sce._rows import Rows, Targets
+from jax_sce._rows import Rows
 
 N, V = 8, 6
 LOGITS = rng(40).normal(size=(N, V))
@@ -210,7 +210,7 @@ def test_the_rules_honour_a_cotangent_of_each_output(name, which, x64):
         if kind == "integer":
             out = rule(rows, labels, None)
         else:
-            out = rule(rows, Targets(labels, None, jnp.full((1, 1), 1 / V), None), None)
+            out = rule(rows, targets_of(labels, None, jnp.full((1, 1), 1 / V), None), None)
         return out.loss, out.log_normalizer
 
     def reference(logits, labels):
