@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from . import _axis, _chunks, _cpu, _gpu, _rows
@@ -46,6 +46,10 @@ BACKENDS = {
 _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
 
 
+def backend_of(platform: str | None) -> Backend:
+    return BACKENDS.get(platform, _NONE)  # type: ignore[arg-type]
+
+
 class Operation(NamedTuple):
     """A function of `Rows` and of arrays of their rank."""
 
@@ -58,17 +62,7 @@ class Operation(NamedTuple):
         return self.plain.__name__
 
 
-def by_loop(function: Callable, *args: Any) -> Any:
-    """`function(loop, *args)`, a head's values or gradients, by the loop of the platform."""
-    loops = {
-        platform: functools.partial(function, backend.loop)
-        for platform, backend in BACKENDS.items()
-        if backend.loop is not _NONE.loop
-    }
-    return lax.platform_dependent(*args, **loops, default=functools.partial(function, _NONE.loop))
-
-
-# -- the primitives -----------------------------------------------------------------------------------
+# -- the row operations -------------------------------------------------------------------------------
 
 
 def _bind(operation: Operation, rows: Rows, *args: Any) -> Any:
@@ -111,12 +105,11 @@ def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> l
 @functools.cache
 def _primitive(operation: Operation):
     """Made on first use: what it needs takes long to import."""
-    from jax.extend.core import Primitive
-    from jax.interpreters import ad, batching, mlir
+    from jax.interpreters import ad
 
     def eager(*leaves, tree):  # under `jax.disable_jit`
-        backend = BACKENDS.get(jax.default_backend(), _NONE)
-        return _flat(backend.forms.get(operation.name, operation.plain), tree)(*leaves)
+        backend = backend_of(jax.default_backend())
+        return flat(backend.forms.get(operation.name, operation.plain), tree)(*leaves)
 
     def shapes(*leaves, tree):
         rows = jax.tree.unflatten(tree, leaves)[0]
@@ -124,17 +117,13 @@ def _primitive(operation: Operation):
         of_row = logits.update(shape=rows.row_shape, dtype=rows.dtype)
         return _results(operation, rows, logits, of_row)
 
-    def lower(platform: str | None, context, *leaves, tree):
-        chosen, context = _choose(operation, platform, context, tree)
-        return mlir.lower_fun(_flat(chosen, tree), multiple_results=True)(context, *leaves)
-
     def jvp(primals, dots, *, tree):
-        out = primitive.bind(*primals, tree=tree)
+        out = _primitive(operation).bind(*primals, tree=tree)
         zero = jax.custom_derivatives.SymbolicZero
         dots = [zero(t.aval) if isinstance(t, ad.Zero) else t for t in dots]
         if operation.sums is None:
             moving = _rows.moving(primals, dots)
-            return out, _rows.tangent_of(_flat(operation.plain, tree), primals, moving)
+            return out, _rows.tangent_of(flat(operation.plain, tree), primals, moving)
         args, dots = jax.tree.unflatten(tree, primals), jax.tree.unflatten(tree, dots)
         return out, _rows.statistics_tangents(operation.sums, out, args, dots)
 
@@ -148,10 +137,28 @@ def _primitive(operation: Operation):
         rows, *args = jax.tree.unflatten(tree, leaves)
         logits = jnp.broadcast_to(rows.logits, (size, *rows.logits.shape[1:]))
         rows = dataclasses.replace(rows, logits=logits)
-        out = primitive.bind(*jax.tree.leaves((rows, *args)), tree=tree)
+        out = _primitive(operation).bind(*jax.tree.leaves((rows, *args)), tree=tree)
         return out, [0] * len(out)
 
-    primitive = Primitive(f"jax_sce_{operation.name}")
+    def choose(platform, context, *, tree):
+        return _choose(operation, platform, context, tree)
+
+    return primitive(f"jax_sce_{operation.name}", eager, shapes, choose, jvp, batch)
+
+
+def primitive(
+    name: str, eager: Callable, shapes: Callable, choose: Callable, jvp: Callable, batch: Callable
+):
+    """A primitive with several results. `choose(platform, context, **params)` gives the function that it
+    is lowered to, of its operands, and the context of that."""
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+
+    def lower(platform: str | None, context, *leaves, **params):
+        chosen, context = choose(platform, context, **params)
+        return mlir.lower_fun(chosen, multiple_results=True)(context, *leaves)
+
+    primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(eager)
     primitive.def_abstract_eval(shapes)
@@ -163,27 +170,26 @@ def _primitive(operation: Operation):
     return primitive
 
 
-def _flat(function: Callable, tree: Any) -> Callable[..., list[Array]]:
+def flat(function: Callable, tree: Any) -> Callable[..., list[Array]]:
     """The function of arrays alone."""
     return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
 
 def _choose(operation: Operation, platform: str | None, context, tree) -> tuple[Callable, Any]:
-    """The function to compile, and in which context: a kernel, a kernel on each device, or a plain
-    form."""
-    backend = BACKENDS.get(platform, _NONE)  # type: ignore[arg-type]
+    """A kernel, a kernel on each device, or a plain form."""
+    backend = backend_of(platform)
     form = backend.forms.get(operation.name, operation.plain)
     kernel = backend.kernels.get(operation.name)
     args = jax.tree.unflatten(tree, context.avals_in)
     if kernel is not None and backend.supports(operation.name, *args):
-        program = _program(context)
-        if program == "local":
-            return kernel, context
-        if program == "split" and len(args[0].axes) == 1:
-            with_devices = _with_devices(context, platform)
-            if with_devices is not None:
-                return _partitioned(operation, kernel, form, args), with_devices
-    return form, context
+        what = program(context)
+        if what == "local":
+            return flat(kernel, tree), context
+        if what == "split" and len(args[0].axes) == 1:
+            on_devices = with_devices(context, platform)
+            if on_devices is not None:
+                return _partitioned(operation, kernel, form, args), on_devices
+    return flat(form, tree), context
 
 
 def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -> Callable:
@@ -213,11 +219,11 @@ def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -
         if spec[axis] is not None:
             local = functools.partial(_of_part, operation, form, spec[axis])
         shardings = [*map(sharding, results)], tuple(map(sharding, operands))
-        return mesh, _flat(local, tree), *shardings
+        return mesh, flat(local, tree), *shardings
 
-    call = custom_partitioning(_flat(kernel, tree))
+    call = custom_partitioning(flat(kernel, tree))
     call.def_partition(partition, sharding_rule=rule)
-    return lambda *args: call(*jax.tree.leaves(args))
+    return call
 
 
 def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Rows, *args: Any):
@@ -232,7 +238,7 @@ def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Ro
 # -- what JAX keeps private ---------------------------------------------------------------------------
 
 
-def _program(context) -> str:
+def program(context) -> str:
     """What is being compiled: "local", for one device or for each by itself; "split" over devices by
     the compiler; or neither. If a later JAX has moved what this reads, it is neither: the plain form is
     used."""
@@ -251,7 +257,14 @@ def _program(context) -> str:
         return "unknown"
 
 
-def _with_devices(context, platform: str | None) -> Any:
+def num_devices(context) -> int:
+    """Over so many devices the compiler may split the program; 1 if a later JAX has moved what this
+    reads."""
+    axes = getattr(context.module_context, "axis_context", None)
+    return getattr(axes, "num_devices", None) or 1
+
+
+def with_devices(context, platform: str | None) -> Any:
     """The context, naming devices, or None if there are none. `custom_partitioning` needs them, and JAX
     gives them only to programs with a single mesh. Any devices will do, for only their order counts;
     they stand in a mesh of p x p x ..., p a prime, which can express every even split. If their number

@@ -36,6 +36,7 @@ class Loop(NamedTuple):
     values: Size  # where no gradient is computed
     products: Callable
     take: Callable
+    devices: int = 1  # over so many the compiler may split the examples
 
 
 class Plan(NamedTuple):
@@ -54,28 +55,16 @@ class Plan(NamedTuple):
         return math.ceil(self.per_shard / self.chunk)
 
 
-def shards(num_examples: int) -> tuple[int, int]:
-    """(L, n)."""
-    count = math.gcd(num_examples, _devices()) if num_examples else 1
-    return count, num_examples // count
-
-
-def plan(shape: tuple[int, ...], num_classes: int, size: Size, chunk_size: int | None) -> Plan:
+def plan(
+    num_examples: int, num_classes: int, devices: int, size: Size, chunk_size: int | None
+) -> Plan:
     """Chunks as even as they can be, of at most `chunk_size` examples or else as the platform likes
     them."""
-    num_examples = math.prod(shape)
     wanted = chunk_size or size.examples(num_classes)
     chunks = max(math.ceil(num_examples / wanted), 1)
-    return Plan(shape[0], shape[1], max(math.ceil(shape[1] / chunks), 1))
-
-
-def _devices() -> int:
-    """Over how many the compiler may split the examples: inside `jax.shard_map`, those of the axes that
-    it leaves automatic."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.manual_axes:
-        return jax.device_count()
-    return math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+    shards = math.gcd(num_examples, devices) if num_examples else 1
+    per_shard = num_examples // shards
+    return Plan(shards, per_shard, max(math.ceil(per_shard / chunks), 1))
 
 
 def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:

@@ -33,17 +33,23 @@ class CrossEntropyAux(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """The arguments, checked. Arrays with an entry for each example are `[N..., ...]`, `[L, n, ...]` in
-    shards, and `[C, ...]` in a chunk."""
+    the shards of a loop, and `[C, ...]` in a chunk."""
 
     hidden: Array  # [N..., D]
     kernel: Array  # [D, V]
     labels: Array  # class ids, [N...], -1 for a bad one; or distributions, [N..., V]
     bias: Array | None  # [V]
     options: Options
+    exists: Array | None = None  # bool, [V]: False for classes that only pad a device's part
 
     @property
     def has_ids(self) -> bool:
         return self.labels.ndim < self.hidden.ndim
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """N..."""
+        return self.hidden.shape[:-1]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -51,7 +57,7 @@ class Inputs:
         return compute_dtype(self.kernel.dtype)
 
     def arrays(self) -> dict[str, Array]:
-        """All that there are, by name."""
+        """The arguments that there are, by name."""
         own = {name: getattr(self, name) for name in _OWN}
         return {name: x for name, x in own.items() if x is not None} | self.options.arrays()
 
@@ -60,7 +66,7 @@ class Inputs:
         own = {name: arrays.get(name) for name in _OWN}
         of_options = {name: arrays.get(name) for name in self.options.arrays()}
         options = dataclasses.replace(self.options, **of_options)  # type: ignore[arg-type]
-        return Inputs(**own, options=options)  # type: ignore[arg-type]
+        return Inputs(**own, options=options, exists=self.exists)  # type: ignore[arg-type]
 
     def map_examples(self, function) -> "Inputs":
         """`function` of what each example has of its own."""
@@ -73,7 +79,7 @@ OF_EXAMPLES = ("hidden", "labels", "valid", "weights")
 
 
 class Values(NamedTuple):
-    """What is computed of each example: [L, n], and in a chunk [C]."""
+    """What is computed of each example: [N...], [L, n], or [C]."""
 
     loss: Array
     aux: CrossEntropyAux
@@ -87,9 +93,26 @@ def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
     return Values(zeros, CrossEntropyAux(zeros, none))
 
 
-def _plan(inputs: Inputs, size: Size) -> Plan:
-    shape, num_classes = inputs.hidden.shape[:2], inputs.kernel.shape[1]
-    return _chunks.plan(shape, num_classes, size, inputs.options.chunk_size)
+def results(wanted: frozenset[str] | None, inputs: Inputs) -> Any:
+    """The shapes of what `values` gives, or `gradients` of what is wanted."""
+    of_each = jax.ShapeDtypeStruct(inputs.batch, inputs.dtype)
+    places = jax.ShapeDtypeStruct(inputs.batch, jnp.int32)
+    values = Values(of_each, CrossEntropyAux(of_each, places))  # type: ignore[arg-type]
+    if wanted is None:
+        return values
+    arrays = {k: x for k, x in inputs.arrays().items() if k in wanted}
+    return values, {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype if k in OF_EXAMPLES else inputs.dtype)
+        for k, x in arrays.items()
+    }
+
+
+def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
+    """The plan, and the inputs in its shards."""
+    num_examples, num_classes = math.prod(inputs.batch), inputs.kernel.shape[1]
+    plan = _chunks.plan(num_examples, num_classes, loop.devices, size, inputs.options.chunk_size)
+    rank = len(inputs.batch)
+    return plan, inputs.map_examples(lambda x: x.reshape(*plan.shape, *x.shape[rank:]))
 
 
 def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
@@ -111,6 +134,8 @@ def _logits(chunk: Inputs) -> Array:
 
 def _losses(chunk: Inputs, logits: Array) -> Losses:
     rows = _cross_entropy.rows_of(logits, (-1,), chunk.options)
+    if chunk.exists is not None:
+        rows = dataclasses.replace(rows, mask=chunk.exists[None])
     return _cross_entropy.losses(rows, chunk.labels, chunk.options)
 
 
@@ -119,6 +144,7 @@ def _aux(chunk: Inputs, logits: Array, log_normalizer: Array) -> CrossEntropyAux
     if not options.return_aux:
         none = nothing(chunk, log_normalizer.shape).aux.prediction
         return CrossEntropyAux(log_normalizer, none)
+    logits = only(chunk.exists, logits, -jnp.inf)
     place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     place += _axis.offset(options.axis_name, logits.shape[-1])
     prediction = _axis.first_place(options.axis_name, jnp.max(logits, axis=-1), place)
@@ -127,7 +153,7 @@ def _aux(chunk: Inputs, logits: Array, log_normalizer: Array) -> CrossEntropyAux
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def values(loop: Loop, inputs: Inputs) -> Values:
-    return _scan(loop, _plan(inputs, loop.values), inputs)
+    return _scan(loop, loop.values, inputs)
 
 
 @values.defjvp
@@ -142,7 +168,7 @@ def values_forward(loop: Loop, inputs: Inputs) -> Values:
     options = dataclasses.replace(inputs.options, forward_mode=True)
     wide = _wide(inputs.arrays(), inputs.dtype)
     inputs = dataclasses.replace(inputs, options=options).having(wide)
-    return _scan(loop, _plan(inputs, loop.gradients), inputs)
+    return _scan(loop, loop.gradients, inputs)
 
 
 def _wide(arrays: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
@@ -150,9 +176,10 @@ def _wide(arrays: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
     return {k: x if k in OF_EXAMPLES else x.astype(dtype) for k, x in arrays.items()}
 
 
-def _scan(loop: Loop, plan: Plan, inputs: Inputs) -> Values:
+def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
+    batch, (plan, inputs) = inputs.batch, _plan(loop, size, inputs)
     if plan.chunks == 0:
-        return nothing(inputs, plan.shape)
+        return nothing(inputs, batch)
     # The work for a weight of 0 can be left out if nobody asks for the derivative by that weight. In
     # forward mode nobody tells what is differentiated.
     options = inputs.options
@@ -179,18 +206,20 @@ def _scan(loop: Loop, plan: Plan, inputs: Inputs) -> Values:
 
     def in_place(x, rows):
         rows = rows.reshape(plan.chunks, plan.shards, plan.chunk).swapaxes(0, 1)
-        return _chunks.put(x, ids, rows.reshape(ids.shape))
+        return _chunks.put(x, ids, rows.reshape(ids.shape)).reshape(batch)
 
     return jax.tree.map(in_place, nothing(inputs, plan.shape), chunks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def gradients(
-    wanted: frozenset[str], loop: Loop, inputs: Inputs, g_loss: Array, g_log_normalizer: Array
+    wanted: frozenset[str], loop: Loop, inputs: Inputs, g: tuple[Array, Array]
 ) -> tuple[Values, dict[str, Array]]:
     """The values, and the cotangents of those arrays of the inputs that are wanted, by name: of
-    examples in their own dtype, and of the others, which are summed up, in the compute dtype."""
-    plan, options = _plan(inputs, loop.gradients), inputs.options
+    examples in their own dtype, and of the others, which are summed up, in the compute dtype. `g` are
+    the cotangents of losses and log-normalizers, [N...]."""
+    given, (plan, inputs) = inputs, _plan(loop, loop.gradients, inputs)
+    options, (g_loss, g_log_normalizer) = inputs.options, (x.reshape(plan.shape) for x in g)
     worked_on = options.valid if "weights" in wanted else options.counts
     order, most = _chunks.order(plan, worked_on)
     arrays = {k: x for k, x in inputs.arrays().items() if k in wanted}
@@ -221,13 +250,15 @@ def gradients(
         carry = add_chunks(whole, 0, plan.chunk, carry)
         carry = add_chunks((most - done + quarter - 1) // quarter, done, quarter, carry)
     values, shared, own = carry
-    return values, shared | {k: from_bits(x, arrays[k].dtype) for k, x in own.items()}
+    values = jax.tree.map(lambda x: x.reshape(given.batch), values)
+    own = {k: from_bits(x, arrays[k].dtype) for k, x in own.items()}
+    return values, shared | {k: x.reshape(given.arrays()[k].shape) for k, x in own.items()}
 
 
 @gradients.defjvp
 def _gradients_jvp(wanted, loop, primals, tangents):
     # A loop whose length is known at run time only cannot be differentiated in reverse mode.
-    def by_values(inputs, g_loss, g_log_normalizer):
+    def by_values(inputs, g):
         arrays = inputs.arrays()
 
         def values(moving):
@@ -236,7 +267,7 @@ def _gradients_jvp(wanted, loop, primals, tangents):
 
         moving = {k: x for k, x in arrays.items() if k in wanted}
         _, vjp, out = jax.vjp(values, moving, has_aux=True)
-        g = _axis.divided_cotangent(inputs.options.axis_name, (g_loss, g_log_normalizer))
+        g = _axis.divided_cotangent(inputs.options.axis_name, g)
         return out, _wide(vjp(g)[0], inputs.dtype)
 
     return jax.jvp(by_values, primals, tangents)

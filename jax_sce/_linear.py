@@ -10,7 +10,6 @@ arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none"
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -21,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from . import _arguments, _axis, _backend, _chunks, _head
+from . import _arguments, _axis, _head, _partition
 from ._axis import AxisName
 from ._head import CrossEntropyAux, Inputs, Values
 from ._label_check import class_index
@@ -132,9 +131,12 @@ def linear_softmax_cross_entropy(
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
         reduction=reduction, axis_name=axis_name, forward_mode=forward_mode, return_aux=return_aux,
         chunk_size=chunk_size)
-    if jax.typeof(checked.hidden).sharding.mesh.explicit_axes:
+    mesh = jax.typeof(checked.hidden).sharding.mesh
+    if not mesh.explicit_axes:
+        return loss_of(checked)
+    if len(mesh.explicit_axes) < len(mesh.axis_names) or checked.hidden.size == 0:
         return _in_automatic_mode(checked)(checked)
-    return loss_of(checked)
+    return _on_explicit_axes(checked)
 # fmt: on
 
 
@@ -174,30 +176,44 @@ def inputs(
 @functools.partial(jax.jit, inline=True)
 def loss_of(inputs: Inputs) -> Any:
     """The loss, and the aux if it is asked for, [N...]."""
-    batch, options = inputs.hidden.shape[:-1], inputs.options
-    shards = _chunks.shards(math.prod(batch))
+    options = inputs.options
     if (
         options.weights is not None
     ):  # of weight 0, with a hidden state that is not finite: not valid
         harmless = (options.weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
         inputs = dataclasses.replace(inputs, options=options.where(harmless))
-    inputs = inputs.map_examples(lambda x: x.reshape(*shards, *x.shape[len(batch) :]))
     inputs = _varied(inputs)
     if options.forward_mode:
-        loss, aux = _backend.by_loop(_head.values_forward, inputs)
+        loss, aux = _partition.by_loop(_head.values_forward, inputs)
     else:
         # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
         sums = options.reduction != "none" and inputs.kernel.dtype != jnp.float16
         loss, aux = _rule(sums, inputs)
-    if options.reduction == "none":
-        loss = loss.reshape(batch)
-    else:
-        like = _head.nothing(inputs, shards).loss
+    if options.reduction != "none":
+        like = _head.nothing(inputs, inputs.batch).loss
         weights = mean_weights(inputs.options, inputs.labels if inputs.has_ids else None, like)
         loss = reduce_losses(loss, weights, options.reduction, options.batch_axis)
-    if not options.return_aux:
-        return loss
-    return loss, CrossEntropyAux(*(x.reshape(batch) for x in aux))
+    return (loss, aux) if options.return_aux else loss
+
+
+def _on_explicit_axes(inputs: Inputs) -> Any:
+    """Where JAX knows how the arguments are laid out: each device computes its part."""
+    sharding = jax.typeof(inputs.hidden).sharding
+    layout = _partition.layout_of_arrays(inputs, sharding.mesh.shape)
+    options = dataclasses.replace(
+        inputs.options, axis_name=layout.classes or None, batch_axis=layout.all_examples or None
+    )
+    inputs = dataclasses.replace(inputs, options=options)
+    in_specs, out_specs = _partition.specs_of(inputs, layout)
+
+    def on_each_device(inputs: Inputs) -> Any:
+        return loss_of(_partition.gathered(inputs, layout))
+
+    inputs = jax.tree.map(jax.sharding.reshard, inputs, in_specs)
+    specs: dict[str, Any] = {"in_specs": (in_specs,), "out_specs": out_specs}
+    out = jax.shard_map(on_each_device, mesh=sharding.mesh, **specs)(inputs)
+    row = PartitionSpec(*sharding.spec[:-1])
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, row) if x.ndim else x, out)
 
 
 def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
@@ -240,7 +256,7 @@ class _Residuals(NamedTuple):
 def _rule(sums: bool, inputs: Inputs) -> Values:
     """The losses one by one, whose gradients take the logits once more; or their sum, whose gradients
     are computed with it when it is differentiated."""
-    return _summed(sums, _backend.by_loop(_head.values, inputs))
+    return _summed(sums, _partition.values(inputs))
 
 
 def _summed(sums: bool, values: Values) -> Values:
@@ -252,11 +268,10 @@ def _fwd(sums, inputs):
     wanted = frozenset(k for k, x in wrapped.items() if x.perturbed)
     inputs = inputs.having({k: x.value for k, x in wrapped.items()})
     if sums:
-        zeros = _head.nothing(inputs, inputs.hidden.shape[:2]).loss
-        both = functools.partial(_head.gradients, wanted)
-        values, gradients = _backend.by_loop(both, inputs, jnp.ones_like(zeros), zeros)
+        zeros = _head.nothing(inputs, inputs.batch).loss
+        values, gradients = _partition.gradients(wanted, inputs, (jnp.ones_like(zeros), zeros))
     else:
-        values = _backend.by_loop(_head.values, inputs)
+        values = _partition.values(inputs)
         gradients = dict.fromkeys(wanted, jnp.zeros(1))
     padded = {k: gradients.get(k, jnp.zeros(0)) for k in wrapped}
     return _summed(sums, values), _Residuals(inputs, padded)
@@ -267,15 +282,14 @@ def _bwd(sums, residuals, cotangents):
     gradients = {k: x for k, x in residuals.wanted.items() if x.shape != (0,)}
     of_loss, of_log_normalizer = cotangents.loss, cotangents.aux.log_normalizer
     is_scaled = sums and isinstance(of_log_normalizer, SymbolicZero)
-    zeros = _head.nothing(inputs, () if is_scaled else inputs.hidden.shape[:2]).loss
+    zeros = _head.nothing(inputs, () if is_scaled else inputs.batch).loss
     g = [zeros if isinstance(x, SymbolicZero) else zeros + x for x in (of_loss, of_log_normalizer)]
     if is_scaled:
         g_loss = _axis.total_cotangent(inputs.options.axis_name, g[0])
         gradients = {k: g_loss * x.astype(g_loss.dtype) for k, x in gradients.items()}
     else:  # the gradients that were computed with the sum, if any, are not the ones asked for
         g = _axis.total_cotangent(inputs.options.axis_name, tuple(g))
-        both = functools.partial(_head.gradients, frozenset(gradients))
-        _, gradients = _backend.by_loop(both, inputs, *g)
+        _, gradients = _partition.gradients(frozenset(gradients), inputs, g)
     return (inputs.having({k: x.astype(arrays[k].dtype) for k, x in gradients.items()}),)
 
 

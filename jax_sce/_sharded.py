@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from . import _arguments, _cross_entropy, _head, _linear
+from . import _arguments, _cross_entropy, _head, _linear, _partition
 from ._axis import AxisName
 from ._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
-from ._head import CrossEntropyAux
 from ._linear import linear_softmax_cross_entropy
+from ._partition import Layout
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -120,7 +120,7 @@ class _Program(NamedTuple):
     """What each device runs."""
 
     loss_of: Callable[..., Any]
-    gather: AxisName  # the mesh axis over which the kernel's features are split
+    layout: Layout | None  # of a head
     in_specs: Any
     out_specs: Any
 
@@ -130,9 +130,8 @@ def _compiled(program: _Program, mesh: AnyMesh | None, on: AnyMesh) -> Callable[
     """For that mesh, or else for the ambient one, which it is `on`."""
 
     def on_each_device(inputs: Any) -> Any:
-        if program.gather:
-            kernel = lax.all_gather(inputs.kernel, program.gather, axis=0, tiled=True)
-            inputs = dataclasses.replace(inputs, kernel=kernel)
+        if program.layout is not None:
+            inputs = _partition.gathered(inputs, program.layout)
         return program.loss_of(inputs)
 
     specs = {"in_specs": (program.in_specs,), "out_specs": program.out_specs}
@@ -151,14 +150,6 @@ class _Split(NamedTuple):
             raise ValueError(f"{what} must divide evenly {over}, got {size}")
 
 
-def _option_specs(options: Any, of_example: Any, of_class: Any) -> Any:
-    """The options with a spec in place of each array."""
-    specs = {"valid": of_example, "weights": of_example, "class_weights": of_class}
-    return dataclasses.replace(
-        options, **{name: specs.get(name, PartitionSpec()) for name in options.arrays()}
-    )
-
-
 def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
     shape, axes = inputs.logits.shape, inputs.axes
     of_rows = [axis for axis in range(len(shape)) if axis not in axes]
@@ -174,11 +165,13 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
         return _spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
 
     row = _spec(*(of_axis.get(axis) for axis in of_rows))
+    of_options = {"valid": row, "weights": row, "class_weights": _spec(split.classes)}
+    options = {name: of_options.get(name, _spec()) for name in inputs.options.arrays()}
     in_specs = _cross_entropy.Inputs(
         logits=spec(inputs.logits),
         labels=row if inputs.has_ids else spec(inputs.logits),
         mask=None if inputs.mask is None else spec(inputs.mask),
-        options=_option_specs(inputs.options, row, _spec(split.classes)),
+        options=dataclasses.replace(inputs.options, **options),
         axes=axes,
     )
     out_specs = row if inputs.options.reduction == "none" else _spec()
@@ -186,35 +179,25 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
 
 
 def _plan_head(split: _Split, inputs: _head.Inputs) -> _Program:
-    rank, classes = inputs.hidden.ndim - 1, split.classes
+    rank = len(inputs.batch)
     if rank:
-        split.check_divides("the first axis of the examples", len(inputs.hidden), split.batch)
-    split.check_divides("the classes", inputs.kernel.shape[1], classes)
-    row = _spec(*[split.batch, *[None] * (rank - 1)][:rank])
-    gather = _gathered(inputs.kernel, split.batch if rank else ())
-    in_specs = _head.Inputs(
-        hidden=_spec(*row, None),
-        kernel=_spec(gather, classes),
-        labels=row if inputs.has_ids else _spec(*row, classes),
-        bias=None if inputs.bias is None else _spec(classes),
-        options=_option_specs(inputs.options, row, _spec(classes)),
-    )
-    out_specs: Any = row if inputs.options.reduction == "none" else _spec()
-    if inputs.options.return_aux:
-        out_specs = (out_specs, CrossEntropyAux(row, row))
-    return _Program(_linear.loss_of, gather, in_specs, out_specs)
+        split.check_divides("the first axis of the examples", inputs.batch[0], split.batch)
+    split.check_divides("the classes", inputs.kernel.shape[1], split.classes)
+    examples = (split.batch, *[()] * (rank - 1))[:rank]
+    features = _gathered(inputs.kernel, split.batch if rank else ())
+    layout = Layout(examples, split.classes, features, moved=(), scattered=features)
+    return _Program(_linear.loss_of, layout, *_partition.specs_of(inputs, layout))
 
 
-def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...] | None:
+def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...]:
     """The axes of `batch` over which the kernel's features are known to be split. Where they are not
     known, under `jax.jit` on a mesh with automatic axes, the compiler gathers it."""
     sharding = jax.typeof(kernel).sharding
     if not isinstance(kernel, jax.core.Tracer) and isinstance(kernel.sharding, NamedSharding):
         sharding = kernel.sharding
-    spec = tuple(sharding.spec)
-    features = spec[0] if spec else None
-    axes = (features,) if isinstance(features, str) else features
-    return axes if axes and set(axes) <= set(batch) else None
+    features = (*sharding.spec, None)[0] or ()
+    axes = (features,) if isinstance(features, str) else tuple(features)
+    return axes if set(axes) <= set(batch) else ()
 
 
 _LOSSES: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any]]] = {

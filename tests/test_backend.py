@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from support import DENSE, INTEGER, QUICK, TOLERANCE, exact_loss, rng
 
-from jax_sce import _backend, _chunks, native
+from jax_sce import _backend, _chunks, _partition, native
 from jax_sce._backend import Backend
 from jax_sce.testing import collectives
 
@@ -260,12 +260,12 @@ def hide(monkeypatch):
     """What the seam asks of the program that it compiles, without an attribute."""
 
     def hide(name):
-        choose = _backend._choose
+        def without(choose, what, platform, context, tree):
+            return choose(what, platform, Without(context, name), tree)[0], context
 
-        def chosen(operation, platform, context, tree):
-            return choose(operation, platform, Without(context, name), tree)[0], context
-
-        monkeypatch.setattr(_backend, "_choose", chosen)
+        for module in (_backend, _partition):
+            hidden = functools.partial(without, module._choose)
+            monkeypatch.setattr(module, "_choose", hidden)
 
     return hide
 
@@ -305,7 +305,7 @@ def test_without_what_jax_does_not_tell_in_public_it_is_plain_jax(name, split, h
 
 
 def test_without_devices_to_split_over_it_is_plain_jax(monkeypatch):
-    monkeypatch.setattr(_backend, "_with_devices", lambda *_: None)
+    monkeypatch.setattr(_backend, "with_devices", lambda *_: None)
     assert "custom_call" not in assert_right(*arguments(split=True))
 
 

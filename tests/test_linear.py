@@ -15,9 +15,11 @@ from support import QUICK, TOLERANCE, cotangents, derivatives, one_hot, quick, r
 
 from jax_sce import (
     CrossEntropyAux,
+    _backend,
     _chunks,
     _cpu,
     _head,
+    _partition,
     linear_softmax_cross_entropy as head,
     reference,
 )
@@ -880,7 +882,7 @@ def test_a_chunk_is_large_enough_and_its_logits_are_bounded():
                     assert examples >= size.least
 
     def plan(num_examples, num_classes, size, chunk_size=None):
-        return _chunks.plan(_chunks.shards(num_examples), num_classes, size, chunk_size)
+        return _chunks.plan(num_examples, num_classes, 8, size, chunk_size)
 
     gradients, values = _cpu.LOOP.gradients, _cpu.LOOP.values
     for size, examples in ((gradients, 256), (values, 128)):
@@ -973,7 +975,11 @@ def test_a_frozen_kernel_has_no_accumulator():
 
 
 def inner(eqn):
-    """The programs inside an equation."""
+    """The programs inside an equation; a head's own is traced when it is compiled."""
+    if eqn.primitive.name == "jax_sce_head":
+        run = functools.partial(_partition._function(eqn.params["wanted"]), _chunks.LOOP)
+        at = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
+        yield jax.make_jaxpr(_backend.flat(run, eqn.params["tree"]))(*at).jaxpr
     for x in jax.tree.leaves(
         eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
     ):
@@ -1047,7 +1053,7 @@ def test_work(reduction, argnums, products, static):
 @pytest.mark.parametrize("differentiated", [False, True])
 @pytest.mark.parametrize("why", ["ignore_index", "weights"])
 def test_examples_that_do_not_count_are_left_out_of_the_work(why, differentiated, monkeypatch):
-    """Of 64 examples in chunks of 16. The tests have 8 devices: a chunk is two of each eighth."""
+    """Of 64 examples in chunks of 16."""
     rows = []
     logits = _head._logits
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from support import BOTH, DENSE, INTEGER, cotangents, quick, rng
 
 import jax_sce
-from jax_sce import _chunks, linear_softmax_cross_entropy, shard
+from jax_sce import _partition, linear_softmax_cross_entropy, shard
 from jax_sce.testing import collectives, conformance
 
 N, D, V = 8, 8, 16
@@ -522,19 +522,20 @@ def test_a_chunk_on_a_mesh_is_as_small_as_asked():
     assert sorted(x.bytes for x in sent if x.in_loop) == [2 * 4, 3 * 2 * 4]
 
 
-@pytest.mark.parametrize(("axes", "lanes"), [((), 8), (("model",), 2), (("data", "model"), 1)])
-def test_examples_have_a_lane_for_each_device_that_the_compiler_may_put_them_on(axes, lanes):
+@pytest.mark.parametrize(("axes", "devices"), [((), 8), (("model",), 2), (("data", "model"), 1)])
+def test_a_loop_in_plain_jax_has_a_shard_for_each_device_that_the_compiler_may_use(axes, devices):
     mesh, _ = make_mesh("2x4")
-    found = []
+    found = set()
 
-    def look(x):
-        found.append(_chunks.shards(16)[0])
+    def look(loop, x):
+        found.add(loop.devices)
         return x
 
+    run = functools.partial(_partition.by_loop, look)
     if axes:
-        look = jax.shard_map(look, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=set(axes))
-    jax.jit(look).lower(jnp.ones(16))
-    assert found == [lanes]
+        run = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=set(axes))
+    jax.jit(run).lower(jnp.ones(16))
+    assert found == {devices}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,307 @@
+"""A head in a program that the compiler splits over devices: what each device computes, and what
+crosses.
+
+Examples and classes are split as the hidden states and the kernel are laid out. Where the kernel's
+features are split over devices that have different examples (FSDP), they are gathered once, before the
+chunks. In the chunks row statistics alone cross. The gradients are summed once, after the chunks, and
+the kernel's is scattered where it lives split."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import _axis, _backend, _chunks, _head
+from ._head import OF_EXAMPLES, CrossEntropyAux, Inputs, Values
+
+Axes = tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """The mesh axes over which things are split, all of different devices."""
+
+    examples: tuple[Axes, ...]  # each axis of the examples
+    classes: Axes
+    features: Axes  # the kernel's, gathered for the loop
+    moved: Axes  # the last of `classes`: outside of the loop they split the kernel's features
+    scattered: Axes  # the features of the kernel's gradient, beside `moved`
+
+    @property
+    def all_examples(self) -> Axes:
+        return tuple(itertools.chain(*self.examples))
+
+    @property
+    def held_classes(self) -> Axes:
+        """Outside of the loop."""
+        return tuple(axis for axis in self.classes if axis not in self.moved)
+
+
+def values(inputs: Inputs) -> Values:
+    """The values of a head, `_head.values`, by the loop of the platform."""
+    return _bind(None, inputs)
+
+
+def gradients(
+    wanted: frozenset[str], inputs: Inputs, g: tuple[Array, Array]
+) -> tuple[Values, dict[str, Array]]:
+    """The values and the gradients of a head, `_head.gradients`, likewise."""
+    return _bind(wanted, inputs, g)
+
+
+def by_loop(function: Callable, *args: Any) -> Any:
+    """`function(loop, *args)` by the loop of the platform, in plain JAX."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count()
+    if mesh.manual_axes:  # the compiler may split what is automatic still
+        devices = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+
+    def by(loop):
+        return functools.partial(function, loop._replace(devices=devices))
+
+    loops = {platform: backend.loop for platform, backend in _backend.BACKENDS.items()}
+    others = {platform: by(loop) for platform, loop in loops.items() if loop is not _chunks.LOOP}
+    return lax.platform_dependent(*args, **others, default=by(_chunks.LOOP))
+
+
+def _function(wanted: frozenset[str] | None) -> Callable:
+    """Of a loop, the inputs, and the cotangents if gradients are wanted."""
+    return _head.values if wanted is None else functools.partial(_head.gradients, wanted)
+
+
+def _bind(wanted: frozenset[str] | None, *args: Any) -> Any:
+    if jax.sharding.get_abstract_mesh().manual_axes:  # all that is split is known
+        return by_loop(_function(wanted), *args)
+    leaves, tree = jax.tree.flatten(args)
+    out = _primitive().bind(*leaves, wanted=wanted, tree=tree)
+    return jax.tree.unflatten(jax.tree.structure(_head.results(wanted, args[0])), out)
+
+
+@functools.cache
+def _primitive():
+    """Made on first use: what it needs takes long to import."""
+    from jax.interpreters import ad
+
+    def eager(*leaves, wanted, tree):  # under `jax.disable_jit`
+        loop = _backend.backend_of(jax.default_backend()).loop
+        return _backend.flat(functools.partial(_function(wanted), loop), tree)(*leaves)
+
+    def shapes(*leaves, wanted, tree):
+        results = _head.results(wanted, jax.tree.unflatten(tree, leaves)[0])
+        return [jax.core.ShapedArray(x.shape, x.dtype) for x in jax.tree.leaves(results)]
+
+    def plain(wanted, tree):
+        return _backend.flat(functools.partial(by_loop, _function(wanted)), tree)
+
+    def jvp(primals, dots, *, wanted, tree):
+        dots = [ad.instantiate_zeros(t) for t in dots]
+        return jax.jvp(plain(wanted, tree), tuple(primals), tuple(dots))
+
+    def batch(leaves, dims, *, wanted, tree):
+        out = jax.vmap(plain(wanted, tree), dims)(*leaves)
+        return out, [0] * len(out)
+
+    def choose(platform, context, *, wanted, tree):
+        return _choose(wanted, platform, context, tree)
+
+    return _backend.primitive("jax_sce_head", eager, shapes, choose, jvp, batch)
+
+
+def _choose(
+    wanted: frozenset[str] | None, platform: str | None, context, tree
+) -> tuple[Callable, Any]:
+    """The loop on each device, or one that the compiler can split."""
+    function, loop = _function(wanted), _backend.backend_of(platform).loop
+    if _backend.program(context) == "split":
+        on_devices = _backend.with_devices(context, platform)
+        if on_devices is not None:
+            args = jax.tree.unflatten(tree, context.avals_in)
+            run = _partitioned(wanted, functools.partial(function, loop), args)
+            return _backend.flat(run, tree), on_devices
+    devices = _backend.num_devices(context)
+    if devices > 1:
+        loop = _chunks.LOOP._replace(devices=devices)
+    return _backend.flat(functools.partial(function, loop), tree), context
+
+
+def _partitioned(wanted: frozenset[str] | None, function: Callable, args) -> Callable:
+    """The head on each device, as hidden states and the kernel are laid out."""
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    whole = args[0]
+    results = _head.results(wanted, whole)
+
+    def laid_out(make, row, hidden, kernel, gradient, classes):
+        """The arguments and the results with `make(*axes)` in place of each array."""
+        axes = axes_of(whole, row, hidden, kernel, classes)
+        of_row = make(*row)
+        of_g = [(of_row, of_row)] * (len(args) - 1)
+        operands = whole.having({k: make(*x) for k, x in axes.items()}), *of_g
+        values = Values(of_row, CrossEntropyAux(of_row, of_row))
+        if wanted is None:
+            return operands, values
+        axes["kernel"] = gradient
+        return operands, (values, {k: make(*axes[k]) for k in results[1]})
+
+    def rule(mesh, operand_types, result_types):
+        row, kernel = [f"n{axis}" for axis in range(len(whole.batch))], ("d", "v")
+        sides = laid_out(lambda *axes: " ".join(axes), row, "h", kernel, kernel, "v")
+        return " -> ".join(", ".join(jax.tree.leaves(side)) for side in sides)
+
+    def partition(mesh, operands, results):
+        inputs = operands[0]
+        gradient = results[1].get("kernel", inputs.kernel) if wanted is not None else inputs.kernel
+        hidden, kernel, gradient = map(_split_over, (inputs.hidden, inputs.kernel, gradient))
+        layout = layout_of(inputs, hidden[:-1], kernel, gradient, mesh.shape)
+        here = layout.features + layout.moved, layout.held_classes
+        there = layout.scattered + layout.moved, layout.held_classes
+
+        def make(*axes):
+            return NamedSharding(mesh, PartitionSpec(*axes))
+
+        into, out_of = laid_out(make, layout.examples, (), here, there, layout.classes)
+        return mesh, on_each_device(function, layout, whole), out_of, into
+
+    call = custom_partitioning(
+        lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    )
+    call.def_partition(partition, sharding_rule=rule)
+    return call
+
+
+def _split_over(x: Any) -> tuple[Axes, ...]:
+    """The mesh axes that split each axis of an array."""
+    spec = [*x.sharding.spec, *[None] * (len(x.shape) - len(x.sharding.spec))]
+    return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+
+
+def axes_of(inputs: Inputs, row: Any, hidden: Any, kernel: Any, classes: Any) -> dict[str, Any]:
+    """The names of the axes of each array, by its name, given those of the examples' axes, the hidden
+    states' features, the kernel's axes, and the classes."""
+    known = {
+        "hidden": (*row, hidden),
+        "kernel": kernel,
+        "labels": row if inputs.has_ids else (*row, classes),
+        "bias": (classes,),
+        "class_weights": (classes,),
+    }
+    known |= {name: row for name in OF_EXAMPLES if name not in known}
+    return {name: known.get(name, ()) for name in inputs.arrays()}
+
+
+def layout_of(
+    inputs: Inputs, examples: tuple[Axes, ...], kernel: tuple[Axes, ...], gradient: tuple[Axes, ...],
+    sizes: Mapping[str, int],
+) -> Layout:  # fmt: skip
+    """The layout to compute in, given how hidden states, the kernel and its gradient are laid out."""
+
+    def divides(size: int, *axes: Axes) -> bool:
+        return size % math.prod(sizes[axis] for axis in itertools.chain(*axes)) == 0
+
+    features, classes = kernel
+    num_features, num_classes = inputs.kernel.shape
+    # What splits both stays with the larger, so that the smaller array is gathered.
+    if math.prod(inputs.batch) > num_classes:
+        classes = tuple(a for a in classes if a not in itertools.chain(*examples))
+    examples = tuple(tuple(a for a in axes if a not in classes) for axes in examples)
+    split = [*itertools.chain(*examples)]
+    # Devices that have the same examples would all compute the same: give them a part of the classes.
+    moved = tuple(axis for axis in features if axis not in split)
+    features = features if divides(num_features, features) else ()
+    if moved and features[-len(moved) :] == moved and divides(num_classes, classes, moved):
+        features, classes = features[: -len(moved)], classes + moved
+    else:
+        moved = ()
+    scattered = tuple(axis for axis in gradient[0] if axis in split)
+    scattered = scattered if divides(num_features, scattered, moved) else ()
+    return Layout(examples, classes, features, moved, scattered)
+
+
+def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
+    """The same for arrays on a mesh with explicit axes."""
+    hidden, kernel = (_split_over(jax.typeof(x)) for x in (inputs.hidden, inputs.kernel))
+    return layout_of(inputs, hidden[:-1], kernel, kernel, sizes)
+
+
+def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
+    """What `jax.shard_map` is told of the arguments and of the results of a head's loss, which each
+    device computes from its inputs `gathered`."""
+
+    def spec(axes: tuple[Axes, ...]) -> Any:
+        return PartitionSpec(*(x or None for x in axes))
+
+    kernel = layout.features + layout.moved, layout.held_classes
+    axes = axes_of(inputs, layout.examples, (), kernel, layout.classes)
+    row, options = spec(layout.examples), inputs.options
+    loss = row if options.reduction == "none" else spec(())
+    aux = CrossEntropyAux(row, row)
+    in_specs = inputs.having({name: spec(x) for name, x in axes.items()})
+    return in_specs, (loss, aux) if options.return_aux else loss
+
+
+def gathered(inputs: Inputs, layout: Layout) -> Inputs:
+    """With all features of the kernel's classes."""
+    kernel = inputs.kernel
+    if layout.moved:
+        kernel = lax.all_to_all(kernel, layout.moved, split_axis=1, concat_axis=0, tiled=True)
+    if layout.features:
+        kernel = lax.all_gather(kernel, layout.features, axis=0, tiled=True)
+    return dataclasses.replace(inputs, kernel=kernel)
+
+
+def on_each_device(function: Callable, layout: Layout, whole: Inputs) -> Callable:
+    """`function(inputs, *g)`, a head's values or its gradients, of the arrays that a device has."""
+
+    def run(inputs: Inputs, *g: Any) -> Any:
+        out = function(_without_padding(gathered(inputs, layout), layout, whole), *g)
+        if isinstance(out, Values):
+            return out
+        values, gradients = out
+        arrays = inputs.arrays()
+        return values, {k: _total(k, x, arrays[k], layout) for k, x in gradients.items()}
+
+    return run
+
+
+def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
+    """Without the examples and classes by which the last devices' parts are padded, whatever they
+    hold."""
+    kernel, options = inputs.kernel, inputs.options
+    for axis, (axes, size) in enumerate(zip(layout.examples, whole.batch, strict=True)):
+        here = inputs.batch[axis]
+        if here * _axis.size(axes or None) > size:
+            places = lax.broadcasted_iota(jnp.int32, inputs.batch, axis)
+            options = options.where(places + _axis.offset(axes or None, here) < size)
+    exists, num_classes, here = None, whole.kernel.shape[1], kernel.shape[1]
+    if here * _axis.size(layout.classes or None) > num_classes:
+        places = jnp.arange(here, dtype=jnp.int32) + _axis.offset(layout.classes, here)
+        exists = places < num_classes
+        kernel = jnp.where(exists, kernel, 0)
+    options = dataclasses.replace(options, axis_name=layout.classes or None)
+    return dataclasses.replace(inputs, kernel=kernel, options=options, exists=exists)
+
+
+def _total(name: str, gradient: Array, like: Array, layout: Layout) -> Array:
+    """The gradient summed over the devices, in the dtype of the array that it is of."""
+    axes = () if name in OF_EXAMPLES else layout.all_examples
+    if name not in (
+        "kernel",
+        "bias",
+        "class_weights",
+        "labels",
+    ):  # each device has that of its classes
+        axes += layout.classes
+    total = gradient.astype(like.dtype)
+    if name == "kernel" and layout.scattered:
+        total = lax.psum_scatter(total, layout.scattered, scatter_dimension=0, tiled=True)
+        axes = tuple(axis for axis in axes if axis not in layout.scattered)
+    total = lax.psum(total, axes) if axes else total
+    if name == "kernel" and layout.moved:
+        total = lax.all_to_all(total, layout.moved, split_axis=0, concat_axis=1, tiled=True)
+    return total.astype(gradient.dtype)
