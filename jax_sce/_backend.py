@@ -46,6 +46,9 @@ BACKENDS = {
 _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
 
 
+_PARTITIONS = ("cpu", "cuda", "rocm")  # that know `custom_partitioning`; TPUs do not
+
+
 def backend_of(platform: str | None) -> Backend:
     return BACKENDS.get(platform, _NONE)  # type: ignore[arg-type]
 
@@ -270,16 +273,17 @@ def with_devices(context, platform: str | None) -> Any:
     they stand in a mesh of p x p x ..., p a prime, which can express every even split. If their number
     is no power of a prime, return None."""
     try:
+        if platform not in _PARTITIONS:
+            return None
         module = context.module_context
         n = module.axis_context.num_devices
         prime = next(p for p in range(2, n + 1) if n % p == 0)
         rank = round(math.log(n, prime))
-        devices = tuple(jax.devices(platform))[:n]
-        if prime**rank != n or len(devices) < n:
+        if prime**rank != n:
             return None
         mesh = AbstractMesh((prime,) * rank, tuple(f"jax_sce_{i}" for i in range(rank)))
         axes = dataclasses.replace(
-            module.axis_context, device_assignment=devices, abstract_mesh=mesh
+            module.axis_context, device_assignment=tuple(jax.devices()[:1]) * n, abstract_mesh=mesh
         )
         return context.replace(module_context=module.replace(axis_context=axes))
     except (AttributeError, TypeError, RuntimeError):  # moved by a later JAX; no such devices

@@ -93,20 +93,6 @@ def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
     return Values(zeros, CrossEntropyAux(zeros, none))
 
 
-def results(wanted: frozenset[str] | None, inputs: Inputs) -> Any:
-    """The shapes of what `values` gives, or `gradients` of what is wanted."""
-    of_each = jax.ShapeDtypeStruct(inputs.batch, inputs.dtype)
-    places = jax.ShapeDtypeStruct(inputs.batch, jnp.int32)
-    values = Values(of_each, CrossEntropyAux(of_each, places))  # type: ignore[arg-type]
-    if wanted is None:
-        return values
-    arrays = {k: x for k, x in inputs.arrays().items() if k in wanted}
-    return values, {
-        k: jax.ShapeDtypeStruct(x.shape, x.dtype if k in OF_EXAMPLES else inputs.dtype)
-        for k, x in arrays.items()
-    }
-
-
 def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
     """The plan, and the inputs in its shards."""
     num_examples, num_classes = math.prod(inputs.batch), inputs.kernel.shape[1]

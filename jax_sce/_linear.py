@@ -271,6 +271,7 @@ def _fwd(sums, inputs):
         zeros = _head.nothing(inputs, inputs.batch).loss
         values, gradients = _partition.gradients(wanted, inputs, (jnp.ones_like(zeros), zeros))
     else:
+        inputs = dataclasses.replace(inputs, kernel=_partition.kernel(inputs))
         values = _partition.values(inputs)
         gradients = dict.fromkeys(wanted, jnp.zeros(1))
     padded = {k: gradients.get(k, jnp.zeros(0)) for k in wrapped}

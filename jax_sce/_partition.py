@@ -11,12 +11,13 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _axis, _backend, _chunks, _head
 from ._head import OF_EXAMPLES, CrossEntropyAux, Inputs, Values
@@ -29,23 +30,41 @@ class Layout(NamedTuple):
 
     examples: tuple[Axes, ...]  # each axis of the examples
     classes: Axes
-    features: Axes  # the kernel's, gathered for the loop
-    moved: Axes  # the last of `classes`: outside of the loop they split the kernel's features
-    scattered: Axes  # the features of the kernel's gradient, beside `moved`
+    features: Axes  # of the kernel: gathered for the loop, beside `moved`
+    moved: Axes = ()  # the last of the classes, which split the features before the loop,
+    returned: Axes = ()  # and those that split the features of its gradient after it
+    scattered: Axes = ()  # the features of the kernel's gradient, beside `returned`
 
     @property
     def all_examples(self) -> Axes:
         return tuple(itertools.chain(*self.examples))
 
     @property
-    def held_classes(self) -> Axes:
-        """Outside of the loop."""
-        return tuple(axis for axis in self.classes if axis not in self.moved)
+    def kernel(self) -> tuple[Axes, Axes]:
+        """How the kernel comes."""
+        return self.features + self.moved, self.classes[: len(self.classes) - len(self.moved)]
+
+    @property
+    def gradient(self) -> tuple[Axes, Axes]:
+        """How its gradient leaves."""
+        held = self.classes[: len(self.classes) - len(self.returned)]
+        return self.scattered + self.returned, held
+
+
+# What is computed of a head: its values, the kernel with all features of a device's classes, or the
+# gradients by the arrays of these names, with the values.
+What = Literal["values", "kernel"] | frozenset[str]
 
 
 def values(inputs: Inputs) -> Values:
     """The values of a head, `_head.values`, by the loop of the platform."""
-    return _bind(None, inputs)
+    return _bind("values", inputs)
+
+
+def kernel(inputs: Inputs) -> Array:
+    """The kernel. In a program that the compiler splits, each device has all features of its classes, so
+    that what computes the head twice gathers them once."""
+    return _bind("kernel", inputs)
 
 
 def gradients(
@@ -70,17 +89,37 @@ def by_loop(function: Callable, *args: Any) -> Any:
     return lax.platform_dependent(*args, **others, default=by(_chunks.LOOP))
 
 
-def _function(wanted: frozenset[str] | None) -> Callable:
-    """Of a loop, the inputs, and the cotangents if gradients are wanted."""
-    return _head.values if wanted is None else functools.partial(_head.gradients, wanted)
+def _function(what: What) -> Callable:
+    """`function(loop, inputs, *g)`, with cotangents for gradients."""
+    if what == "values":
+        return _head.values
+    if what == "kernel":
+        return lambda loop, inputs: inputs.kernel
+    return functools.partial(_head.gradients, what)
 
 
-def _bind(wanted: frozenset[str] | None, *args: Any) -> Any:
+def _results(what: What, inputs: Inputs) -> Any:
+    """The shapes of what it gives."""
+    if what == "kernel":
+        return jax.ShapeDtypeStruct(inputs.kernel.shape, inputs.kernel.dtype)
+    of_each = jax.ShapeDtypeStruct(inputs.batch, inputs.dtype)
+    places = jax.ShapeDtypeStruct(inputs.batch, jnp.int32)
+    values = Values(of_each, CrossEntropyAux(of_each, places))  # type: ignore[arg-type]
+    if what == "values":
+        return values
+    arrays = {k: x for k, x in inputs.arrays().items() if k in what}
+    return values, {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype if k in OF_EXAMPLES else inputs.dtype)
+        for k, x in arrays.items()
+    }
+
+
+def _bind(what: What, *args: Any) -> Any:
     if jax.sharding.get_abstract_mesh().manual_axes:  # all that is split is known
-        return by_loop(_function(wanted), *args)
+        return by_loop(_function(what), *args)
     leaves, tree = jax.tree.flatten(args)
-    out = _primitive().bind(*leaves, wanted=wanted, tree=tree)
-    return jax.tree.unflatten(jax.tree.structure(_head.results(wanted, args[0])), out)
+    out = _primitive().bind(*leaves, what=what, tree=tree)
+    return jax.tree.unflatten(jax.tree.structure(_results(what, args[0])), out)
 
 
 @functools.cache
@@ -88,85 +127,117 @@ def _primitive():
     """Made on first use: what it needs takes long to import."""
     from jax.interpreters import ad
 
-    def eager(*leaves, wanted, tree):  # under `jax.disable_jit`
+    def eager(*leaves, what, tree):  # under `jax.disable_jit`
         loop = _backend.backend_of(jax.default_backend()).loop
-        return _backend.flat(functools.partial(_function(wanted), loop), tree)(*leaves)
+        return _backend.flat(functools.partial(_function(what), loop), tree)(*leaves)
 
-    def shapes(*leaves, wanted, tree):
-        results = _head.results(wanted, jax.tree.unflatten(tree, leaves)[0])
+    def shapes(*leaves, what, tree):
+        results = _results(what, jax.tree.unflatten(tree, leaves)[0])
         return [jax.core.ShapedArray(x.shape, x.dtype) for x in jax.tree.leaves(results)]
 
-    def plain(wanted, tree):
-        return _backend.flat(functools.partial(by_loop, _function(wanted)), tree)
+    def plain(what, tree):
+        return _backend.flat(functools.partial(by_loop, _function(what)), tree)
 
-    def jvp(primals, dots, *, wanted, tree):
+    def jvp(primals, dots, *, what, tree):
         dots = [ad.instantiate_zeros(t) for t in dots]
-        return jax.jvp(plain(wanted, tree), tuple(primals), tuple(dots))
+        return jax.jvp(plain(what, tree), tuple(primals), tuple(dots))
 
-    def batch(leaves, dims, *, wanted, tree):
-        out = jax.vmap(plain(wanted, tree), dims)(*leaves)
+    def batch(leaves, dims, *, what, tree):
+        out = jax.vmap(plain(what, tree), dims)(*leaves)
         return out, [0] * len(out)
 
-    def choose(platform, context, *, wanted, tree):
-        return _choose(wanted, platform, context, tree)
+    def choose(platform, context, *, what, tree):
+        return _choose(what, platform, context, tree)
 
     return _backend.primitive("jax_sce_head", eager, shapes, choose, jvp, batch)
 
 
-def _choose(
-    wanted: frozenset[str] | None, platform: str | None, context, tree
-) -> tuple[Callable, Any]:
+def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, Any]:
     """The loop on each device, or one that the compiler can split."""
-    function, loop = _function(wanted), _backend.backend_of(platform).loop
+    function, loop = _function(what), _backend.backend_of(platform).loop
     if _backend.program(context) == "split":
         on_devices = _backend.with_devices(context, platform)
         if on_devices is not None:
             args = jax.tree.unflatten(tree, context.avals_in)
-            run = _partitioned(wanted, functools.partial(function, loop), args)
+            run = _partitioned(what, functools.partial(function, loop), args)
             return _backend.flat(run, tree), on_devices
     devices = _backend.num_devices(context)
-    if devices > 1:
-        loop = _chunks.LOOP._replace(devices=devices)
-    return _backend.flat(functools.partial(function, loop), tree), context
+    if devices == 1:
+        return _backend.flat(functools.partial(function, loop), tree), context
+    loop = _chunks.LOOP._replace(devices=devices)
+
+    run = _with_whole_features(functools.partial(function, loop), devices)
+    return _backend.flat(run, tree), context
 
 
-def _partitioned(wanted: frozenset[str] | None, function: Callable, args) -> Callable:
+def _with_whole_features(function: Callable, devices: int) -> Callable:
+    """Have the compiler gather features before the loop, and split those of the gradients after it. Else
+    it would sum logits over the devices in every chunk, and scatter the kernel's gradient. Examples and
+    classes it lays out as it likes."""
+    mesh = Mesh(np.array(jax.devices()[:1] * devices), ("jax_sce",))
+
+    def whole(arrays: dict[str, Array]) -> dict[str, Array]:
+        for name, axis in (("hidden", -1), ("kernel", 0)):
+            if name in arrays:
+                spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * arrays[name].ndim
+                spec[axis] = None
+                sharding = NamedSharding(mesh, PartitionSpec(*spec))
+                arrays[name] = lax.with_sharding_constraint(arrays[name], sharding)
+        return arrays
+
+    def run(inputs: Inputs, *g: Any) -> Any:
+        out = function(inputs.having(whole(inputs.arrays())), *g)
+        return out if isinstance(out, Values | Array) else (out[0], whole(out[1]))
+
+    return run
+
+
+def _partitioned(what: What, function: Callable, args) -> Callable:
     """The head on each device, as hidden states and the kernel are laid out."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
     whole = args[0]
-    results = _head.results(wanted, whole)
+    results = _results(what, whole)
 
-    def laid_out(make, row, hidden, kernel, gradient, classes):
+    def laid_out(make, row, hidden, kernel, gradient, gathered, classes):
         """The arguments and the results with `make(*axes)` in place of each array."""
         axes = axes_of(whole, row, hidden, kernel, classes)
         of_row = make(*row)
         of_g = [(of_row, of_row)] * (len(args) - 1)
         operands = whole.having({k: make(*x) for k, x in axes.items()}), *of_g
         values = Values(of_row, CrossEntropyAux(of_row, of_row))
-        if wanted is None:
+        if what == "kernel":
+            return operands, make(*gathered)
+        if what == "values":
             return operands, values
         axes["kernel"] = gradient
         return operands, (values, {k: make(*axes[k]) for k in results[1]})
 
     def rule(mesh, operand_types, result_types):
         row, kernel = [f"n{axis}" for axis in range(len(whole.batch))], ("d", "v")
-        sides = laid_out(lambda *axes: " ".join(axes), row, "h", kernel, kernel, "v")
+        # The gradient may be laid out otherwise than the kernel: other features.
+        others = ("e", "v"), ("g", "v")
+        sides = laid_out(lambda *x: " ".join(x), row, "h", kernel, *others, "v")
         return " -> ".join(", ".join(jax.tree.leaves(side)) for side in sides)
 
     def partition(mesh, operands, results):
         inputs = operands[0]
-        gradient = results[1].get("kernel", inputs.kernel) if wanted is not None else inputs.kernel
+        gradient = (
+            inputs.kernel if isinstance(what, str) else results[1].get("kernel", inputs.kernel)
+        )
         hidden, kernel, gradient = map(_split_over, (inputs.hidden, inputs.kernel, gradient))
-        layout = layout_of(inputs, hidden[:-1], kernel, gradient, mesh.shape)
-        here = layout.features + layout.moved, layout.held_classes
-        there = layout.scattered + layout.moved, layout.held_classes
+        layout = layout_of(inputs, hidden[:-1], kernel, gradient[0] or kernel[0], mesh.shape)
 
         def make(*axes):
             return NamedSharding(mesh, PartitionSpec(*axes))
 
-        into, out_of = laid_out(make, layout.examples, (), here, there, layout.classes)
-        return mesh, on_each_device(function, layout, whole), out_of, into
+        into, out_of = laid_out(
+            make, layout.examples, (), layout.kernel, layout.gradient, ((), layout.classes),
+            layout.classes)  # fmt: skip
+        run = on_each_device(function, layout, whole)
+        if what == "kernel":
+            run = lambda inputs: gathered(inputs, layout).kernel  # noqa: E731
+        return mesh, run, out_of, into
 
     call = custom_partitioning(
         lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
@@ -196,10 +267,11 @@ def axes_of(inputs: Inputs, row: Any, hidden: Any, kernel: Any, classes: Any) ->
 
 
 def layout_of(
-    inputs: Inputs, examples: tuple[Axes, ...], kernel: tuple[Axes, ...], gradient: tuple[Axes, ...],
+    inputs: Inputs, examples: tuple[Axes, ...], kernel: tuple[Axes, ...], gradient: Axes,
     sizes: Mapping[str, int],
 ) -> Layout:  # fmt: skip
-    """The layout to compute in, given how hidden states, the kernel and its gradient are laid out."""
+    """The layout to compute in, given how the examples, the kernel and the features of its gradient are
+    laid out."""
 
     def divides(size: int, *axes: Axes) -> bool:
         return size % math.prod(sizes[axis] for axis in itertools.chain(*axes)) == 0
@@ -218,15 +290,19 @@ def layout_of(
         features, classes = features[: -len(moved)], classes + moved
     else:
         moved = ()
-    scattered = tuple(axis for axis in gradient[0] if axis in split)
-    scattered = scattered if divides(num_features, scattered, moved) else ()
-    return Layout(examples, classes, features, moved, scattered)
+    scattered = tuple(axis for axis in gradient if axis in split)
+    returned = tuple(axis for axis in gradient if axis in classes)
+    if returned and returned != classes[-len(returned) :]:
+        returned = ()
+    if not divides(num_features, scattered, returned):
+        scattered = returned = ()
+    return Layout(examples, classes, features, moved, returned, scattered)
 
 
 def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
     """The same for arrays on a mesh with explicit axes."""
     hidden, kernel = (_split_over(jax.typeof(x)) for x in (inputs.hidden, inputs.kernel))
-    return layout_of(inputs, hidden[:-1], kernel, kernel, sizes)
+    return layout_of(inputs, hidden[:-1], kernel, kernel[0], sizes)
 
 
 def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
@@ -236,8 +312,7 @@ def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
     def spec(axes: tuple[Axes, ...]) -> Any:
         return PartitionSpec(*(x or None for x in axes))
 
-    kernel = layout.features + layout.moved, layout.held_classes
-    axes = axes_of(inputs, layout.examples, (), kernel, layout.classes)
+    axes = axes_of(inputs, layout.examples, (), layout.kernel, layout.classes)
     row, options = spec(layout.examples), inputs.options
     loss = row if options.reduction == "none" else spec(())
     aux = CrossEntropyAux(row, row)
@@ -302,6 +377,6 @@ def _total(name: str, gradient: Array, like: Array, layout: Layout) -> Array:
         total = lax.psum_scatter(total, layout.scattered, scatter_dimension=0, tiled=True)
         axes = tuple(axis for axis in axes if axis not in layout.scattered)
     total = lax.psum(total, axes) if axes else total
-    if name == "kernel" and layout.moved:
-        total = lax.all_to_all(total, layout.moved, split_axis=0, concat_axis=1, tiled=True)
+    if name == "kernel" and layout.returned:
+        total = lax.all_to_all(total, layout.returned, split_axis=0, concat_axis=1, tiled=True)
     return total.astype(gradient.dtype)

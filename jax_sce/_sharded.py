@@ -185,7 +185,7 @@ def _plan_head(split: _Split, inputs: _head.Inputs) -> _Program:
     split.check_divides("the classes", inputs.kernel.shape[1], split.classes)
     examples = (split.batch, *[()] * (rank - 1))[:rank]
     features = _gathered(inputs.kernel, split.batch if rank else ())
-    layout = Layout(examples, split.classes, features, moved=(), scattered=features)
+    layout = Layout(examples, split.classes, features)
     return _Program(_linear.loss_of, layout, *_partition.specs_of(inputs, layout))
 
 

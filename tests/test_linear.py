@@ -977,7 +977,7 @@ def test_a_frozen_kernel_has_no_accumulator():
 def inner(eqn):
     """The programs inside an equation; a head's own is traced when it is compiled."""
     if eqn.primitive.name == "jax_sce_head":
-        run = functools.partial(_partition._function(eqn.params["wanted"]), _chunks.LOOP)
+        run = functools.partial(_partition._function(eqn.params["what"]), _chunks.LOOP)
         at = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars]
         yield jax.make_jaxpr(_backend.flat(run, eqn.params["tree"]))(*at).jaxpr
     for x in jax.tree.leaves(
