@@ -40,7 +40,7 @@ class Inputs:
     labels: Array  # class ids, [N...], -1 for a bad one; or distributions, [N..., V]
     bias: Array | None  # [V]
     options: Options
-    exists: Array | None = None  # bool, [V]: False for classes that only pad a device's part
+    exists: Array | None = None  # bool, [1, V]: False for classes that only pad a device's part
 
     @property
     def has_ids(self) -> bool:
@@ -121,7 +121,7 @@ def _logits(chunk: Inputs) -> Array:
 def _losses(chunk: Inputs, logits: Array) -> Losses:
     rows = _cross_entropy.rows_of(logits, (-1,), chunk.options)
     if chunk.exists is not None:
-        rows = dataclasses.replace(rows, mask=chunk.exists[None])
+        rows = dataclasses.replace(rows, mask=chunk.exists)
     return _cross_entropy.losses(rows, chunk.labels, chunk.options)
 
 

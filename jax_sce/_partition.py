@@ -356,7 +356,7 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
     exists, num_classes, here = None, whole.kernel.shape[1], kernel.shape[1]
     if here * _axis.size(layout.classes or None) > num_classes:
         places = jnp.arange(here, dtype=jnp.int32) + _axis.offset(layout.classes, here)
-        exists = places < num_classes
+        exists = (places < num_classes)[None]
         kernel = jnp.where(exists, kernel, 0)
     options = dataclasses.replace(options, axis_name=layout.classes or None)
     return dataclasses.replace(inputs, kernel=kernel, options=options, exists=exists)

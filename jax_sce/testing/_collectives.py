@@ -25,6 +25,16 @@ class Collective(NamedTuple):
     kind: str
     bytes: int  # on each device: of all that is summed or gathered
     in_loop: bool
+    devices: int  # that take part in one of them
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends when they go around a ring: of a sum, twice."""
+        if self.kind.startswith("collective-"):
+            return self.bytes
+        return (
+            self.bytes * (self.devices - 1) / self.devices * (2 if self.kind == "all-reduce" else 1)
+        )
 
 
 def collectives(compiled: Any) -> list[Collective]:
@@ -37,7 +47,8 @@ def collectives(compiled: Any) -> list[Collective]:
       []
     """
     computations: dict[str, list[str]] = {}
-    for line in compiled.as_text().splitlines():
+    text = compiled.as_text()
+    for line in text.splitlines():
         if found := _COMPUTATION.match(line):
             computations[found["name"]] = lines = []
         elif computations:
@@ -53,11 +64,25 @@ def collectives(compiled: Any) -> list[Collective]:
                 called += [n.strip().lstrip("%") for n in names.split(",")]
             loops |= set(called) - inside
     return [
-        Collective(found["kind"], _larger(found, line, lines), name in inside)
+        Collective(found["kind"], _larger(found, line, lines), name in inside, _group(line, text))
         for name, lines in computations.items()
         for line in lines
         if (found := _OPERATION.search(line))
     ]
+
+
+def _group(line: str, text: str) -> int:
+    """How many devices a group has: listed, as the last of the sizes of an iota, or as mesh axes."""
+    if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", line):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]<=", line):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=([0-9]+)", found[1])}
+        parts = re.findall(r"'(\w+)'(?::\([0-9]+\)([0-9]+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    everyone = re.search(r"num_partitions=([0-9]+)", text)
+    return int(everyone[1]) if everyone else 1
 
 
 def _larger(found: re.Match[str], line: str, lines: list[str]) -> int:
