@@ -1,5 +1,4 @@
-"""The seam: which code computes a row operation, or a head, on the platform that a program is compiled
-for.
+"""The seam: which code computes a row operation on the platform that a program is compiled for.
 
 `_rows.py` has each row operation in plain JAX. Here each is bound as one primitive, and takes from its
 plain form the derivative, the batching rule and the fallback. A platform in `BACKENDS` may replace it:
@@ -11,7 +10,7 @@ all axes of the mesh, it is called as it is. In a program that the compiler spli
 `custom_partitioning` calls it on each device for its own rows; where the classes are split, the plain
 form runs on each device and the statistics of the parts are merged. Everywhere else the plain form is
 used: exported programs, which must run where there is no kernel, meshes with explicit axes, and partly
-manual ones."""
+manual ones. `_partition.py` binds a head by the same pieces."""
 
 import dataclasses
 import functools
@@ -46,7 +45,7 @@ BACKENDS = {
 _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
 
 
-_PARTITIONS = ("cpu", "cuda", "rocm")  # that know `custom_partitioning`; TPUs do not
+_PARTITIONS = ("cpu", "cuda")  # that are known to serve `custom_partitioning`; TPUs do not
 
 
 def backend_of(platform: str | None) -> Backend:

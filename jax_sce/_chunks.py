@@ -1,9 +1,9 @@
 """How a head processes its examples: in shards, in chunks, those that count first; and the pieces of a
 chunk.
 
-The N examples are L shards of n, and a chunk takes c from each shard: C = L c. There is a shard for each
-device, so whichever way the examples are split over the devices, each has its part of every chunk and
-no example travels. On one device there is one shard, and inside `jax.shard_map` over all axes too."""
+The N examples are L shards of n, and a chunk takes c from each shard: C = L c. In a loop that the
+compiler splits there is a shard for each device, so that each has its part of every chunk and no example
+travels. In the loop of one device there is one shard."""
 
 import math
 from collections.abc import Callable

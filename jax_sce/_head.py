@@ -2,8 +2,8 @@
 
 A chunk's logits are made, the loss on logits gives their losses and their cotangent, two matrix
 products carry that to the hidden states and the kernel, and the next chunk overwrites it. Nothing of
-the loss is written here, only the order of the work. `_backend.by_loop` runs these functions by the
-loop of the platform."""
+the loss is written here, only the order of the work. `_partition.py` runs these functions by the loop
+of the platform, on one device or on many."""
 
 import dataclasses
 import functools

@@ -64,6 +64,9 @@ def linear_softmax_cross_entropy(
     not count, by `ignore_index` or a weight of 0, cost next to nothing; those of weight 0 only if the
     weights are not differentiated, and not in forward mode.
 
+    In a program that `jax.jit` splits over devices, each computes its own examples and classes, as
+    hidden states and kernel are laid out: see "On a mesh" in the README for what crosses.
+
     Give it all examples at once, [N..., D]: under `jax.vmap` over examples it would make a gradient of
     the kernel, [D, V], for each.
 

@@ -1,10 +1,11 @@
-"""A head in a program that the compiler splits over devices: what each device computes, and what
-crosses.
+"""A head as one operation: by which loop it runs, and how it splits itself over devices.
 
-Examples and classes are split as the hidden states and the kernel are laid out. Where the kernel's
-features are split over devices that have different examples (FSDP), they are gathered once, before the
-chunks. In the chunks row statistics alone cross. The gradients are summed once, after the chunks, and
-the kernel's is scattered where it lives split."""
+In a program that the compiler splits, `custom_partitioning` tells how hidden states and kernel are laid
+out, and each device runs the loop over its own examples and classes. Where the kernel's features are
+split over devices that have different examples (FSDP), they are gathered once, before the loop. In the
+loop row statistics alone cross. After it the gradients are summed once, and the kernel's is scattered
+where it lives split. `jax.shard_map` is told the same `Layout` where it is known: by `shard`, and on
+meshes with explicit axes."""
 
 import dataclasses
 import functools
@@ -23,6 +24,12 @@ from . import _axis, _backend, _chunks, _head
 from ._head import OF_EXAMPLES, CrossEntropyAux, Inputs, Values
 
 Axes = tuple[str, ...]
+_OF_CLASSES = (
+    "kernel",
+    "bias",
+    "class_weights",
+    "labels",
+)  # gradients that devices have of their own
 
 
 class Layout(NamedTuple):
@@ -165,7 +172,6 @@ def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, 
     if devices == 1:
         return _backend.flat(functools.partial(function, loop), tree), context
     loop = _chunks.LOOP._replace(devices=devices)
-
     run = _with_whole_features(functools.partial(function, loop), devices)
     return _backend.flat(run, tree), context
 
@@ -200,7 +206,9 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
     results = _results(what, whole)
 
     def laid_out(make, row, hidden, kernel, gradient, gathered, classes):
-        """The arguments and the results with `make(*axes)` in place of each array."""
+        """The arguments and the results with `make(*axes)` in place of each array, given the axes of a
+        row, of the hidden states' features, of the kernel as argument, gradient and result, and of the
+        classes."""
         axes = axes_of(whole, row, hidden, kernel, classes)
         of_row = make(*row)
         of_g = [(of_row, of_row)] * (len(args) - 1)
@@ -222,11 +230,11 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
 
     def partition(mesh, operands, results):
         inputs = operands[0]
-        gradient = (
-            inputs.kernel if isinstance(what, str) else results[1].get("kernel", inputs.kernel)
-        )
-        hidden, kernel, gradient = map(_split_over, (inputs.hidden, inputs.kernel, gradient))
-        layout = layout_of(inputs, hidden[:-1], kernel, gradient[0] or kernel[0], mesh.shape)
+        hidden, kernel = _split_over(inputs.hidden), _split_over(inputs.kernel)
+        gradient: Axes = ()
+        if not isinstance(what, str) and "kernel" in what:
+            gradient = _split_over(results[1]["kernel"])[0]
+        layout = layout_of(inputs, hidden[:-1], kernel, gradient or kernel[0], mesh.shape)
 
         def make(*axes):
             return NamedSharding(mesh, PartitionSpec(*axes))
@@ -234,10 +242,7 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
         into, out_of = laid_out(
             make, layout.examples, (), layout.kernel, layout.gradient, ((), layout.classes),
             layout.classes)  # fmt: skip
-        run = on_each_device(function, layout, whole)
-        if what == "kernel":
-            run = lambda inputs: gathered(inputs, layout).kernel  # noqa: E731
-        return mesh, run, out_of, into
+        return mesh, on_each_device(function, layout, whole), out_of, into
 
     call = custom_partitioning(
         lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
@@ -335,7 +340,7 @@ def on_each_device(function: Callable, layout: Layout, whole: Inputs) -> Callabl
 
     def run(inputs: Inputs, *g: Any) -> Any:
         out = function(_without_padding(gathered(inputs, layout), layout, whole), *g)
-        if isinstance(out, Values):
+        if isinstance(out, Values | Array):
             return out
         values, gradients = out
         arrays = inputs.arrays()
@@ -365,12 +370,7 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
 def _total(name: str, gradient: Array, like: Array, layout: Layout) -> Array:
     """The gradient summed over the devices, in the dtype of the array that it is of."""
     axes = () if name in OF_EXAMPLES else layout.all_examples
-    if name not in (
-        "kernel",
-        "bias",
-        "class_weights",
-        "labels",
-    ):  # each device has that of its classes
+    if name not in _OF_CLASSES:
         axes += layout.classes
     total = gradient.astype(like.dtype)
     if name == "kernel" and layout.scattered:

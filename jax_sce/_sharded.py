@@ -29,10 +29,10 @@ def shard(
     """One of the losses as the same function of global arrays, run by `jax.shard_map` on a mesh.
 
     The examples are split over `batch`, the classes over `classes`. Between the devices of `classes`
-    row statistics alone cross. A kernel that lives split over `batch` too (FSDP) is gathered once,
-    before the chunks, and its gradient is reduced once, after them: each device sums its own part where
-    JAX knows the layout, which it does not under `jax.jit` on automatic axes. "sum" and "mean" are over
-    the whole batch, and a mean divides by all of its weight.
+    row statistics alone cross. A kernel whose features are split over `batch` (FSDP) is gathered once,
+    before the chunks, and its gradient is reduced once, after them. "sum" and "mean" are over the whole
+    batch, and a mean divides by all of its weight. Under `jax.jit`, `linear_softmax_cross_entropy` does
+    the same by itself, as its arguments are laid out; this says the layout.
 
     Args:
       loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels` or

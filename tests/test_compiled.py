@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from support import DENSE, INTEGER
 
-from jax_sce import linear_softmax_cross_entropy
+from jax_sce import linear_softmax_cross_entropy, shard
 from jax_sce.testing import collectives
 
 # What XLA asks of an H100 to choose its kernels by, as NVIDIA's data sheets give it.
@@ -163,6 +163,38 @@ def test_plain_jit_on_eight_gathers_row_statistics_alone(kind, spec):
     loss = functools.partial(INTEGER if kind == "integer" else DENSE, reduction="mean")
     for c in collectives(compiled(jax.value_and_grad(loss), z, y)):
         assert c.bytes <= 4 * 4 * N * 4  # from each of four devices, four numbers a row
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("hidden", [P("data"), P(("data", "model"))], ids=str)
+@pytest.mark.parametrize(
+    "kernel",
+    [P(None, "model"), P("data", "model"), P(None, ("data", "model")), P("data", None)],
+    ids=str,
+)
+def test_plain_jit_on_eight_splits_a_head_as_shard_does(kernel, hidden, reduction):
+    mesh, n, d, chunk = Mesh(np.reshape(devices(), (2, 4)), ("data", "model")), 4096, 256, 512
+    x, w = shape((n, d), jnp.bfloat16, mesh, hidden), shape((d, V), jnp.bfloat16, mesh, kernel)
+    classes = (kernel[1],) if isinstance(kernel[1], str) else kernel[1] or ()
+    split = (hidden[0],) if isinstance(hidden[0], str) else hidden[0]
+    batch = tuple(axis for axis in split if axis not in classes)
+    of_shard = shard(
+        linear_softmax_cross_entropy, mesh, batch=batch or None, classes=classes or None
+    )
+    sent = []
+    for loss in (linear_softmax_cross_entropy, of_shard):
+
+        def mean(x, w, y, loss=loss):
+            return jnp.mean(loss(x, w, y, reduction=reduction, chunk_size=chunk))
+
+        layout = None, (x.sharding, w.sharding)
+        step = jax.jit(
+            jax.value_and_grad(mean, (0, 1)), out_shardings=layout, compiler_options=OPTIONS
+        )
+        found = collectives(step.lower(x, w, shape((n,), jnp.int32, mesh, hidden)).compile())
+        assert all(c.bytes <= 5 * chunk * 4 for c in found if c.in_loop)  # five numbers a row
+        sent.append(sum(c.sent for c in found))
+    assert sent[0] <= 1.2 * sent[1]
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
