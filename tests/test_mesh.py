@@ -1,6 +1,7 @@
 """Classes and examples split over devices: values and gradients as on one, and little crosses."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -451,11 +452,11 @@ def test_an_axis_that_is_not_there_is_named():
         INTEGER(logits(), labels("integer"), axis_name=0)
 
 
-def test_the_readers_recipe():
-    """README.md's, of a transformer that looks its states up."""
+def test_the_readers_recipes():
+    """README.md's: under plain jit, of a transformer that looks its states up, and with `shard`."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    recipe = text.partition("## On a mesh\n\n```python\n")[2].partition("```")[0]
-    set_mesh, _, rest = recipe.partition("\n")
+    section = text.partition("## On a mesh\n")[2].partition("\n## ")[0]
+    plain, by_shard = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
     def transformer(params, tokens):
         return jax.nn.one_hot(tokens, N) @ params["embedding"]
@@ -463,13 +464,20 @@ def test_the_readers_recipe():
     names = {"jax": jax, "jax_sce": jax_sce, "transformer": transformer}
     floats, ids = arguments("linear", plain=True)[0], labels("integer")
     params = {"embedding": floats["hidden"], "head": floats["kernel"]}
-    with eval(set_mesh, names):
-        exec(rest, names)
-        split = (jax.device_put(x, P("data")) for x in (np.arange(N), ids))
-        got = names["value_and_gradient"](params, *split)
     loss = functools.partial(linear_softmax_cross_entropy, reduction="mean")
     want = jax.value_and_grad(lambda p: loss(p["embedding"], p["head"], ids))(params)
-    assert_close(got, want)
+
+    exec(plain, names)
+    mesh, _ = make_mesh("2x4")
+    split = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (np.arange(N), ids))
+    head = jax.device_put(params["head"], NamedSharding(mesh, P(None, "model")))
+    assert_close(names["value_and_gradient"](params | {"head": head}, *split), want)
+
+    set_mesh, _, rest = by_shard.partition("\n")
+    with eval(set_mesh, names):
+        exec(rest, names)
+        got = names["loss"](params["embedding"], params["head"], ids, reduction="mean")
+    assert_close(got, want[0])
 
 
 # -- what crosses -------------------------------------------------------------------------------------

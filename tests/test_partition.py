@@ -34,7 +34,7 @@ def put(x, spec, mesh=None):
 
 
 def problem(dtype=np.float32, num_classes=V, full=False):
-    """Floats by name, and labels: all examples of the first device are ignored."""
+    """Floats by name, and labels: the first half of the examples, a device's, is ignored."""
     r = rng(80)
     floats = {
         "hidden": jnp.asarray(r.normal(size=(*BATCH, D)), dtype),
@@ -49,7 +49,7 @@ def problem(dtype=np.float32, num_classes=V, full=False):
             "softcap": np.float32(6),
         }
     labels = r.integers(0, num_classes - 3, BATCH, dtype=np.int32)
-    labels[0] = IGNORED
+    labels[:4] = IGNORED
     return floats, labels
 
 
@@ -116,18 +116,18 @@ def test_it_computes_and_sends_what_shard_does(kernel, hidden, reduction):
     """The gradients are asked for where the arguments are. In the loop, row statistics alone cross."""
     floats, labels = problem()
     placed = place(floats, hidden, kernel)
-    classes = (kernel[1],) if isinstance(kernel[1], str) else tuple(kernel[1] or ())
-    split = (hidden[0],) if isinstance(hidden[0], str) else hidden[0]
-    batch = tuple(axis for axis in split if axis not in classes)
-    of_shard = shard(head, make_mesh(), batch=batch or None, classes=classes or None)
     labels = put(labels, P(*hidden))
-    ours, shards = (
-        compiled(step(reduction, loss), placed, labels, out_shardings=where_they_are(placed))
-        for loss in (head, of_shard)
-    )
+    ours = compiled(step(reduction), placed, labels, out_shardings=where_they_are(placed))
     assert_close(ours(placed, labels), on_one_device(reduction))
     rows = CHUNK * 4 * 5  # five numbers of each example of a chunk
     assert in_loops(ours) <= rows
+    if reduction == "none":  # `tests/test_compiled.py` compares that, too
+        return
+    classes = (kernel[1],) if isinstance(kernel[1], str) else tuple(kernel[1] or ())
+    split = (hidden[0],) if isinstance(hidden[0], str) else hidden[0]
+    batch = tuple(axis for axis in split if axis not in classes)
+    loss = shard(head, make_mesh(), batch=batch or None, classes=classes or None)
+    shards = compiled(step(reduction, loss), placed, labels, out_shardings=where_they_are(placed))
     sent = [sum(x.sent for x in collectives(program)) for program in (ours, shards)]
     assert sent[0] <= 1.2 * sent[1] + 2 * 4 * rows  # some are sent by JAX outside of shard's loop
 
@@ -253,7 +253,7 @@ TRANSFORMED = {
         jax.checkpoint(lambda h, w: each(jnp.tanh(h), w, y)), (0, 1)
     )(h, w),
     "tied": lambda h, w, y: jax.grad(lambda e: mean(h, e.T, y))(w.T),
-    "one example": lambda h, w, y: jax.value_and_grad(mean, (0, 1))(h[0, 0], w, y[1, 0]),
+    "one example": lambda h, w, y: jax.value_and_grad(mean, (0, 1))(h[0, 0], w, y[5, 0]),
 }
 
 
@@ -266,6 +266,18 @@ def test_transformations(how):
     want = quick(fn)(hidden, kernel, labels)
     got = quick(fn)(put(hidden, P("data")), put(kernel, P("data", "model")), labels)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradient_of_the_kernel_is_scattered_where_it_is_asked_for(reduction):
+    """Though the kernel is not split so, as an optimizer's state often is."""
+    floats, labels = problem()
+    placed = place(floats, P("data"), P(None, "model"))
+    _, layout = where_they_are(place(floats, P(), P("data", "model")))
+    program = compiled(step(reduction), placed, labels, out_shardings=(None, layout))
+    assert_close(program(placed, labels), on_one_device(reduction))
+    assert "reduce-scatter" in {x.kind for x in collectives(program)}
+    assert in_loops(program) <= CHUNK * 4 * 5
 
 
 def test_donated_arguments():
