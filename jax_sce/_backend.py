@@ -260,17 +260,16 @@ def program(context) -> str:
 
 
 def num_devices(context) -> int:
-    """Over so many devices the compiler may split the program; 1 if a later JAX has moved what this
-    reads."""
+    """The number of devices that the compiler may split the program over; 1 if JAX does not say."""
     axes = getattr(context.module_context, "axis_context", None)
     return getattr(axes, "num_devices", None) or 1
 
 
 def with_devices(context, platform: str | None) -> Any:
-    """The context, naming devices, or None if there are none. `custom_partitioning` needs them, and JAX
-    gives them only to programs with a single mesh. Any devices will do, for only their order counts;
-    they stand in a mesh of p x p x ..., p a prime, which can express every even split. If their number
-    is no power of a prime, return None."""
+    """The context, naming devices, which `custom_partitioning` needs and JAX gives only to programs with
+    a single mesh. Any will do, even the same one many times, for only their number counts. They stand in
+    a mesh of p x p x ..., p a prime, which can express every even split. None if their number is no
+    power of a prime, or if the platform does not serve `custom_partitioning`."""
     try:
         if platform not in _PARTITIONS:
             return None

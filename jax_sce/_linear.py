@@ -180,9 +180,8 @@ def inputs(
 def loss_of(inputs: Inputs) -> Any:
     """The loss, and the aux if it is asked for, [N...]."""
     options = inputs.options
-    if (
-        options.weights is not None
-    ):  # of weight 0, with a hidden state that is not finite: not valid
+    # An example of weight 0 whose hidden state is not finite counts as not valid.
+    if options.weights is not None:
         harmless = (options.weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
         inputs = dataclasses.replace(inputs, options=options.where(harmless))
     inputs = _varied(inputs)
@@ -220,8 +219,9 @@ def _on_explicit_axes(inputs: Inputs) -> Any:
 
 
 def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
-    """On a mesh with explicit axes: `loss_of`, with the shardings between its arguments and its results
-    left to the compiler. JAX asks for those of each gather and product otherwise."""
+    """Where only some axes are explicit, or there are no hidden states: `loss_of`, with the shardings
+    between its arguments and its results left to the compiler. Otherwise JAX would ask for that of every
+    gather and product."""
     like = jax.typeof(inputs.hidden).sharding
     of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
     whole = NamedSharding(like.mesh, PartitionSpec())

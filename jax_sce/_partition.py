@@ -1,11 +1,11 @@
 """A head as one operation: by which loop it runs, and how it splits itself over devices.
 
-In a program that the compiler splits, `custom_partitioning` tells how hidden states and kernel are laid
-out, and each device runs the loop over its own examples and classes. Where the kernel's features are
-split over devices that have different examples (FSDP), they are gathered once, before the loop. In the
-loop row statistics alone cross. After it the gradients are summed once, and the kernel's is scattered
-where it lives split. `jax.shard_map` is told the same `Layout` where it is known: by `shard`, and on
-meshes with explicit axes."""
+In a program that the compiler splits, `custom_partitioning` says how hidden states and kernel are laid
+out, and each device runs the loop over its own examples and classes. If the kernel's features are split
+over devices that have different examples (FSDP), they are gathered once, before the loop. In the loop
+only row statistics cross. After it the gradients are summed once, and the kernel's is reduce-scattered
+if its features are split. A `Layout` describes this. Where it is known while tracing, by `shard` and on
+meshes with explicit axes, it goes to `jax.shard_map` instead."""
 
 import dataclasses
 import functools
@@ -24,23 +24,19 @@ from . import _axis, _backend, _chunks, _head
 from ._head import OF_EXAMPLES, CrossEntropyAux, Inputs, Values
 
 Axes = tuple[str, ...]
-_OF_CLASSES = (
-    "kernel",
-    "bias",
-    "class_weights",
-    "labels",
-)  # gradients that devices have of their own
+# Each device of the classes has its own part of these gradients; all others are summed over them.
+_OF_CLASSES = ("kernel", "bias", "class_weights", "labels")
 
 
 class Layout(NamedTuple):
-    """The mesh axes over which things are split, all of different devices."""
+    """The mesh axes that split each thing; no axis occurs twice among examples and classes."""
 
-    examples: tuple[Axes, ...]  # each axis of the examples
+    examples: tuple[Axes, ...]  # for each axis of the examples
     classes: Axes
-    features: Axes  # of the kernel: gathered for the loop, beside `moved`
-    moved: Axes = ()  # the last of the classes, which split the features before the loop,
-    returned: Axes = ()  # and those that split the features of its gradient after it
-    scattered: Axes = ()  # the features of the kernel's gradient, beside `returned`
+    features: Axes  # the kernel's, which are gathered before the loop
+    moved: Axes = ()  # the last of `classes` that split the kernel's features before: an all-to-all
+    returned: Axes = ()  # the last of `classes` that split its gradient's features after: the reverse
+    scattered: Axes = ()  # the kernel's gradient's features, which are reduce-scattered
 
     @property
     def all_examples(self) -> Axes:
@@ -48,12 +44,12 @@ class Layout(NamedTuple):
 
     @property
     def kernel(self) -> tuple[Axes, Axes]:
-        """How the kernel comes."""
+        """How the kernel comes: (features, classes)."""
         return self.features + self.moved, self.classes[: len(self.classes) - len(self.moved)]
 
     @property
     def gradient(self) -> tuple[Axes, Axes]:
-        """How its gradient leaves."""
+        """How its gradient leaves: (features, classes)."""
         held = self.classes[: len(self.classes) - len(self.returned)]
         return self.scattered + self.returned, held
 
@@ -69,8 +65,8 @@ def values(inputs: Inputs) -> Values:
 
 
 def kernel(inputs: Inputs) -> Array:
-    """The kernel. In a program that the compiler splits, each device has all features of its classes, so
-    that what computes the head twice gathers them once."""
+    """The kernel, as what computes the head twice should keep it: in a program that the compiler splits,
+    each device has all features of its classes, which are gathered only once."""
     return _bind("kernel", inputs)
 
 
@@ -85,15 +81,15 @@ def by_loop(function: Callable, *args: Any) -> Any:
     """`function(loop, *args)` by the loop of the platform, in plain JAX."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count()
-    if mesh.manual_axes:  # the compiler may split what is automatic still
+    if mesh.manual_axes:  # the compiler may still split over the axes that are not manual
         devices = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
 
     def by(loop):
         return functools.partial(function, loop._replace(devices=devices))
 
     loops = {platform: backend.loop for platform, backend in _backend.BACKENDS.items()}
-    others = {platform: by(loop) for platform, loop in loops.items() if loop is not _chunks.LOOP}
-    return lax.platform_dependent(*args, **others, default=by(_chunks.LOOP))
+    own = {platform: by(loop) for platform, loop in loops.items() if loop is not _chunks.LOOP}
+    return lax.platform_dependent(*args, **own, default=by(_chunks.LOOP))
 
 
 def _function(what: What) -> Callable:
@@ -122,7 +118,7 @@ def _results(what: What, inputs: Inputs) -> Any:
 
 
 def _bind(what: What, *args: Any) -> Any:
-    if jax.sharding.get_abstract_mesh().manual_axes:  # all that is split is known
+    if jax.sharding.get_abstract_mesh().manual_axes:  # where `custom_partitioning` cannot serve
         return by_loop(_function(what), *args)
     leaves, tree = jax.tree.flatten(args)
     out = _primitive().bind(*leaves, what=what, tree=tree)
@@ -177,9 +173,10 @@ def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, 
 
 
 def _with_whole_features(function: Callable, devices: int) -> Callable:
-    """Have the compiler gather features before the loop, and split those of the gradients after it. Else
-    it would sum logits over the devices in every chunk, and scatter the kernel's gradient. Examples and
-    classes it lays out as it likes."""
+    """Have the compiler gather features before the loop, and split those of the gradients after it.
+    Otherwise it would sum logits over the devices in every chunk, and scatter the kernel's gradient. It
+    lays out examples and classes as it likes."""
+    # Only the number of devices counts: no axis of the mesh is named.
     mesh = Mesh(np.array(jax.devices()[:1] * devices), ("jax_sce",))
 
     def whole(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -283,7 +280,7 @@ def layout_of(
 
     features, classes = kernel
     num_features, num_classes = inputs.kernel.shape
-    # What splits both stays with the larger, so that the smaller array is gathered.
+    # An axis that splits both stays with the larger, so that the smaller array is gathered.
     if math.prod(inputs.batch) > num_classes:
         classes = tuple(a for a in classes if a not in itertools.chain(*examples))
     examples = tuple(tuple(a for a in axes if a not in classes) for axes in examples)
@@ -297,7 +294,7 @@ def layout_of(
         moved = ()
     scattered = tuple(axis for axis in gradient if axis in split)
     returned = tuple(axis for axis in gradient if axis in classes)
-    if returned and returned != classes[-len(returned) :]:
+    if returned and (returned != classes[-len(returned) :] or not divides(num_classes, classes)):
         returned = ()
     if not divides(num_features, scattered, returned):
         scattered = returned = ()
@@ -307,7 +304,10 @@ def layout_of(
 def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
     """The same for arrays on a mesh with explicit axes."""
     hidden, kernel = (_split_over(jax.typeof(x)) for x in (inputs.hidden, inputs.kernel))
-    return layout_of(inputs, hidden[:-1], kernel, kernel[0], sizes)
+    layout = layout_of(inputs, hidden[:-1], kernel, kernel[0], sizes)
+    # What is gathered over devices that have the same examples does not vary, and JAX would not know.
+    features = tuple(axis for axis in layout.features if axis in layout.all_examples)
+    return layout._replace(features=features)
 
 
 def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
@@ -350,25 +350,32 @@ def on_each_device(function: Callable, layout: Layout, whole: Inputs) -> Callabl
 
 
 def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
-    """Without the examples and classes by which the last devices' parts are padded, whatever they
-    hold."""
-    kernel, options = inputs.kernel, inputs.options
+    """Leave out what pads the last devices' parts, whatever it holds: those examples are not valid, and
+    those classes do not exist."""
+    kernel, bias, labels, options = inputs.kernel, inputs.bias, inputs.labels, inputs.options
     for axis, (axes, size) in enumerate(zip(layout.examples, whole.batch, strict=True)):
         here = inputs.batch[axis]
-        if here * _axis.size(axes or None) > size:
+        if here * _axis.size(axes) > size:
             places = lax.broadcasted_iota(jnp.int32, inputs.batch, axis)
-            options = options.where(places + _axis.offset(axes or None, here) < size)
+            options = options.where(places + _axis.offset(axes, here) < size)
     exists, num_classes, here = None, whole.kernel.shape[1], kernel.shape[1]
-    if here * _axis.size(layout.classes or None) > num_classes:
+    if here * _axis.size(layout.classes) > num_classes:
         places = jnp.arange(here, dtype=jnp.int32) + _axis.offset(layout.classes, here)
         exists = (places < num_classes)[None]
         kernel = jnp.where(exists, kernel, 0)
+        bias = None if bias is None else jnp.where(exists[0], bias, 0)
+        if not inputs.has_ids:
+            labels = jnp.where(jnp.expand_dims(exists[0], range(len(inputs.batch))), labels, 0)
+        if options.class_weights is not None:
+            weights = jnp.where(exists[0], options.class_weights, 0)
+            options = dataclasses.replace(options, class_weights=weights)
     options = dataclasses.replace(options, axis_name=layout.classes or None)
-    return dataclasses.replace(inputs, kernel=kernel, options=options, exists=exists)
+    return Inputs(inputs.hidden, kernel, labels, bias, options, exists)
 
 
 def _total(name: str, gradient: Array, like: Array, layout: Layout) -> Array:
-    """The gradient summed over the devices, in the dtype of the array that it is of."""
+    """The gradient summed over the devices. It is rounded before it is sent, so that the gradient of a
+    16-bit array sends 16 bits."""
     axes = () if name in OF_EXAMPLES else layout.all_examples
     if name not in _OF_CLASSES:
         axes += layout.classes

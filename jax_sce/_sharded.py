@@ -32,7 +32,7 @@ def shard(
     row statistics alone cross. A kernel whose features are split over `batch` (FSDP) is gathered once,
     before the chunks, and its gradient is reduced once, after them. "sum" and "mean" are over the whole
     batch, and a mean divides by all of its weight. Under `jax.jit`, `linear_softmax_cross_entropy` does
-    the same by itself, as its arguments are laid out; this says the layout.
+    the same without it, following the layout of its arguments; `shard` fixes the layout.
 
     Args:
       loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels` or
@@ -127,7 +127,7 @@ class _Program(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _compiled(program: _Program, mesh: AnyMesh | None, on: AnyMesh) -> Callable[..., Any]:
-    """For that mesh, or else for the ambient one, which it is `on`."""
+    """`mesh` may be None, for the ambient mesh; `on` is the mesh in either case, for the cache's key."""
 
     def on_each_device(inputs: Any) -> Any:
         if program.layout is not None:

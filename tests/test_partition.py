@@ -47,6 +47,7 @@ def problem(dtype=np.float32, num_classes=V, full=False):
             "weights": r.choice([0, 0.5, 2], BATCH).astype(np.float32),
             "z_loss": np.float32(0.1),
             "softcap": np.float32(6),
+            "label_smoothing": np.float32(0.1),
         }
     labels = r.integers(0, num_classes - 3, BATCH, dtype=np.int32)
     labels[:4] = IGNORED
@@ -197,6 +198,29 @@ def test_options(kind, reduction):
     assert in_loops(program) <= CHUNK * 4 * 5
 
 
+def test_padding_may_hold_nan():
+    floats, labels = problem(full=True)
+    floats["class_weights"][-3:] = floats["bias"][-3:] = np.nan
+
+    def fn(floats, labels):
+        of_classes = {"kernel", "bias", "class_weights"}
+        cut = {k: x[..., : V - 3] if k in of_classes else x for k, x in floats.items()}
+        return derivatives(head, cut, labels, reduction="mean", ignore_index=IGNORED)
+
+    split = {"kernel": P(None, "model"), "bias": P("model"), "class_weights": P("model")}
+    placed = {k: put(x, split.get(k, P())) for k, x in floats.items()}
+    assert_close(quick(fn)(placed, labels), quick(fn)(floats, labels))
+
+
+def test_padded_classes_and_a_gradient_whose_features_their_devices_split():
+    floats, labels = problem()
+    fn = step("mean", lambda **args: head(**args | {"kernel": args["kernel"][:, : V - 3]}))
+    placed = place(floats, P("data"), P(None, "model"))
+    _, layout = where_they_are(place(floats, P(), P("model")))
+    program = compiled(fn, placed, labels, out_shardings=(None, layout))
+    assert_close(program(placed, labels), quick(fn)(floats, labels))
+
+
 def test_bad_labels_are_nan_and_no_other_is():
     floats, labels = problem()
     labels[5, 1], labels[6, 2] = V, -1
@@ -343,7 +367,7 @@ def test_inside_a_shard_map_over_some_axes():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("kernel", [*KERNELS, P(("model", "data"))], ids=str)
 def test_on_explicit_axes(kernel, reduction):
     """There JAX tells the layout while it traces; the gradients have that of the arguments."""
     floats, labels = problem()
