@@ -20,12 +20,12 @@ AxisName = str | tuple[str, ...] | None
 
 def size(axis_name: AxisName) -> int:
     """Over how many devices the classes are split."""
-    return lax.axis_size(axis_name) if axis_name else 1
+    return 1 if axis_name in (None, ()) else lax.axis_size(axis_name)
 
 
 def offset(axis_name: AxisName, num_classes: int) -> Array | int:
     """The first class here, of `num_classes` on each device."""
-    return lax.axis_index(axis_name) * num_classes if axis_name else 0
+    return 0 if axis_name in (None, ()) else lax.axis_index(axis_name) * num_classes
 
 
 def total(axis_name: AxisName, x: Array) -> Array:
