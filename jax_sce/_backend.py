@@ -43,8 +43,6 @@ BACKENDS = {
     "cuda": Backend(_gpu.KERNELS, _gpu.supports, {}, _chunks.LOOP),
 }
 _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
-
-
 _PARTITIONS = ("cpu", "cuda")  # that are known to serve `custom_partitioning`; TPUs do not
 
 
@@ -76,7 +74,7 @@ def _bind(operation: Operation, rows: Rows, *args: Any) -> Any:
     sharding, ndim = jax.typeof(rows.logits).sharding, rows.logits.ndim
     if sharding.mesh.explicit_axes:
         # The compiler lays out what is between the arguments and the results; those follow the logits.
-        spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+        spec = spec_of(sharding, ndim)
         of_row = [None if axis - ndim in rows.axes else s for axis, s in enumerate(spec)]
         specs = _results(operation, rows, spec, of_row)
         out = [NamedSharding(sharding.mesh, PartitionSpec(*x)) for x in specs]
@@ -107,7 +105,6 @@ def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> l
 @functools.cache
 def _primitive(operation: Operation):
     """Made on first use: what it needs takes long to import."""
-    from jax.interpreters import ad
 
     def eager(*leaves, tree):  # under `jax.disable_jit`
         backend = backend_of(jax.default_backend())
@@ -121,8 +118,6 @@ def _primitive(operation: Operation):
 
     def jvp(primals, dots, *, tree):
         out = _primitive(operation).bind(*primals, tree=tree)
-        zero = jax.custom_derivatives.SymbolicZero
-        dots = [zero(t.aval) if isinstance(t, ad.Zero) else t for t in dots]
         if operation.sums is None:
             moving = _rows.moving(primals, dots)
             return out, _rows.tangent_of(flat(operation.plain, tree), primals, moving)
@@ -152,13 +147,19 @@ def primitive(
     name: str, eager: Callable, shapes: Callable, choose: Callable, jvp: Callable, batch: Callable
 ):
     """A primitive with several results. `choose(platform, context, **params)` gives the function that it
-    is lowered to, of its operands, and the context of that."""
+    is lowered to, of its operands, and the context of that; `jvp` gets tangents as rules with
+    `symbolic_zeros` do."""
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
     def lower(platform: str | None, context, *leaves, **params):
         chosen, context = choose(platform, context, **params)
         return mlir.lower_fun(chosen, multiple_results=True)(context, *leaves)
+
+    def with_symbolic_zeros(primals, dots, **params):
+        zero = jax.custom_derivatives.SymbolicZero
+        dots = [zero(t.aval) if isinstance(t, ad.Zero) else t for t in dots]
+        return jvp(primals, dots, **params)
 
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -167,9 +168,14 @@ def primitive(
     mlir.register_lowering(primitive, functools.partial(lower, None))
     for platform in BACKENDS:
         mlir.register_lowering(primitive, functools.partial(lower, platform), platform=platform)
-    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_jvps[primitive] = with_symbolic_zeros
     batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+def spec_of(sharding: Any, rank: int) -> list[Any]:
+    """Its partition spec, with an entry for each axis of an array."""
+    return [*sharding.spec, *[None] * (rank - len(sharding.spec))]
 
 
 def flat(function: Callable, tree: Any) -> Callable[..., list[Array]]:
@@ -210,8 +216,7 @@ def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -
         return f"{', '.join(names[: len(avals)])} -> {', '.join(names[len(avals) :])}"
 
     def partition(mesh, operands, results):
-        spec = tuple(operands[0].sharding.spec)
-        spec += (None,) * (len(shape) - len(spec))
+        spec = spec_of(operands[0].sharding, len(shape))
 
         def sharding(x) -> NamedSharding:
             axes = [s if n == m else None for s, n, m in zip(spec, x.shape, shape, strict=True)]
@@ -284,5 +289,5 @@ def with_devices(context, platform: str | None) -> Any:
             module.axis_context, device_assignment=tuple(jax.devices()[:1]) * n, abstract_mesh=mesh
         )
         return context.replace(module_context=module.replace(axis_context=axes))
-    except (AttributeError, TypeError, RuntimeError):  # moved by a later JAX; no such devices
+    except (AttributeError, TypeError, RuntimeError):  # moved by a later JAX
         return None

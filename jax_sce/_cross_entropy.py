@@ -220,10 +220,8 @@ def loss_of(inputs: Inputs) -> Array:
     if inputs.has_ids:
         options = options.where(_arguments.not_ignored(labels, options.ignore_index))
         num_classes = rows.num_classes * _axis.size(options.axis_name)
-        reported = options
-        for kept in _rows.keeps_class(
-            rows
-        ):  # for checkify alone: the row operations find it themselves
+        reported = options  # by checkify alone: the row operations find what is kept themselves
+        for kept in _rows.keeps_class(rows):
             reported = reported.where(_axis.total(rows.axis_name, kept.squeeze(rows.axes)) > 0)
         labels = class_index(labels, num_classes, reported.counts)
     of_examples = losses(rows, labels, options)
@@ -401,7 +399,7 @@ def _forward_mode(fwd, contraction):
             both = [dot(g).squeeze(rows.axes) for g in ((one, zero), (zero, one))]
             return _axis.total(rows.axis_name, jnp.stack(both))
 
-        # An infinity times a tangent of 0 is NaN: what is not differentiated is left out.
+        # Leave out arguments that are not differentiated: infinity times their tangent, 0, is NaN.
         loss, log_normalizer = tangent(residuals, _rows.moving(primals[:2], dots[:2]))
         return out, _Out(loss, log_normalizer, [jnp.zeros_like(x) for x in out.kept])
 

@@ -237,8 +237,9 @@ def gradients(
         carry = add_chunks((most - done + quarter - 1) // quarter, done, quarter, carry)
     values, shared, own = carry
     values = jax.tree.map(lambda x: x.reshape(given.batch), values)
-    own = {k: from_bits(x, arrays[k].dtype) for k, x in own.items()}
-    return values, shared | {k: x.reshape(given.arrays()[k].shape) for k, x in own.items()}
+    like = given.arrays()
+    own = {k: from_bits(x, like[k].dtype).reshape(like[k].shape) for k, x in own.items()}
+    return values, shared | own
 
 
 @gradients.defjvp

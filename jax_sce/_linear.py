@@ -248,8 +248,8 @@ def _varied(inputs: Inputs) -> Inputs:
 class _Residuals(NamedTuple):
     """What is differentiated is known when the rule is traced, and the backward rule needs to know it.
     But the residuals must be the same tree whatever that is, for JAX may take one trace's tree for
-    another's (of a jitted function that is differentiated by one argument, and by two). So there is an
-    array for every name, and an empty one for what is not differentiated."""
+    another's (of a jitted function that is differentiated by one argument, and by two). So every name
+    has an array, which is empty if its argument is not differentiated."""
 
     inputs: Inputs
     wanted: dict[str, Array]  # the gradients of the sum; anything, where that is not asked for

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _axis, _backend, _chunks, _head
+from . import _axis, _backend, _chunks, _head, _rows
 from ._head import OF_EXAMPLES, CrossEntropyAux, Inputs, Values
 
 Axes = tuple[str, ...]
@@ -128,7 +128,6 @@ def _bind(what: What, *args: Any) -> Any:
 @functools.cache
 def _primitive():
     """Made on first use: what it needs takes long to import."""
-    from jax.interpreters import ad
 
     def eager(*leaves, what, tree):  # under `jax.disable_jit`
         loop = _backend.backend_of(jax.default_backend()).loop
@@ -142,8 +141,7 @@ def _primitive():
         return _backend.flat(functools.partial(by_loop, _function(what)), tree)
 
     def jvp(primals, dots, *, what, tree):
-        dots = [ad.instantiate_zeros(t) for t in dots]
-        return jax.jvp(plain(what, tree), tuple(primals), tuple(dots))
+        return _rows.jvp_of(plain(what, tree), primals, _rows.moving(primals, dots))
 
     def batch(leaves, dims, *, what, tree):
         out = jax.vmap(plain(what, tree), dims)(*leaves)
@@ -248,10 +246,14 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
     return call
 
 
-def _split_over(x: Any) -> tuple[Axes, ...]:
+def split_over(sharding: Any, rank: int) -> tuple[Axes, ...]:
     """The mesh axes that split each axis of an array."""
-    spec = [*x.sharding.spec, *[None] * (len(x.shape) - len(x.sharding.spec))]
+    spec = _backend.spec_of(sharding, rank)
     return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+
+
+def _split_over(x: Any) -> tuple[Axes, ...]:
+    return split_over(x.sharding, len(x.shape))
 
 
 def axes_of(inputs: Inputs, row: Any, hidden: Any, kernel: Any, classes: Any) -> dict[str, Any]:
@@ -310,18 +312,20 @@ def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
     return layout._replace(features=features)
 
 
+def spec(*axes: Any) -> Any:
+    """Over no mesh axis, () or None: not split. `Any`, to stand where an array stands in a tree."""
+    return PartitionSpec(*(x or None for x in axes))
+
+
 def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
     """What `jax.shard_map` is told of the arguments and of the results of a head's loss, which each
     device computes from its inputs `gathered`."""
 
-    def spec(axes: tuple[Axes, ...]) -> Any:
-        return PartitionSpec(*(x or None for x in axes))
-
     axes = axes_of(inputs, layout.examples, (), layout.kernel, layout.classes)
-    row, options = spec(layout.examples), inputs.options
-    loss = row if options.reduction == "none" else spec(())
+    row, options = spec(*layout.examples), inputs.options
+    loss = row if options.reduction == "none" else spec()
     aux = CrossEntropyAux(row, row)
-    in_specs = inputs.having({name: spec(x) for name, x in axes.items()})
+    in_specs = inputs.having({name: spec(*x) for name, x in axes.items()})
     return in_specs, (loss, aux) if options.return_aux else loss
 
 

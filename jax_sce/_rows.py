@@ -465,13 +465,17 @@ def moving(primals: tuple, dots: tuple) -> dict[int, Any]:
     }
 
 
-def tangent_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> Any:
-    """The tangent of `function(*primals)`, given those of the arguments that move."""
+def jvp_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> tuple[Any, Any]:
+    """`function(*primals)` and its tangent, given the tangents of the arguments that move."""
 
     def of_moving(moved):
         return function(*(moved.get(i, x) for i, x in enumerate(primals)))
 
-    return jax.jvp(of_moving, ({i: primals[i] for i in moving},), (moving,))[1]
+    return jax.jvp(of_moving, ({i: primals[i] for i in moving},), (moving,))
+
+
+def tangent_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> Any:
+    return jvp_of(function, primals, moving)[1]
 
 
 def statistics_tangents(

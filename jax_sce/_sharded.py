@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from . import _arguments, _cross_entropy, _head, _linear, _partition
 from ._axis import AxisName
@@ -85,9 +85,9 @@ def shard(
         if on.empty:
             raise ValueError("mesh must be given, or set by jax.set_mesh")
         for name, axes in (("batch", of_batch), ("classes", of_classes)):
-            for axis in set(axes) - set(on.axis_names):
+            if missing := [axis for axis in axes if axis not in on.axis_names]:
                 raise ValueError(
-                    f"{name} must name axes of the mesh, {on.axis_names}, got {axis!r}"
+                    f"{name} must name axes of the mesh, {on.axis_names}, got {missing[0]!r}"
                 )
         if manual := sorted(set(used) & set(on.manual_axes)):
             raise ValueError(
@@ -109,11 +109,6 @@ def shard(
         return _compiled(program, mesh, on)(arguments)
 
     return sharded
-
-
-def _spec(*axes: Any) -> Any:
-    """Put where an array stands in a tree of arrays."""
-    return PartitionSpec(*(axis or None for axis in axes))
 
 
 class _Program(NamedTuple):
@@ -162,11 +157,11 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
 
     def spec(x: Array) -> Any:
         """Of an array of the logits' rank; one that is broadcast is whole."""
-        return _spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
+        return _partition.spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
 
-    row = _spec(*(of_axis.get(axis) for axis in of_rows))
-    of_options = {"valid": row, "weights": row, "class_weights": _spec(split.classes)}
-    options = {name: of_options.get(name, _spec()) for name in inputs.options.arrays()}
+    row = _partition.spec(*(of_axis.get(axis) for axis in of_rows))
+    of_options = {"valid": row, "weights": row, "class_weights": _partition.spec(split.classes)}
+    options = {name: of_options.get(name, _partition.spec()) for name in inputs.options.arrays()}
     in_specs = _cross_entropy.Inputs(
         logits=spec(inputs.logits),
         labels=row if inputs.has_ids else spec(inputs.logits),
@@ -174,7 +169,7 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
         options=dataclasses.replace(inputs.options, **options),
         axes=axes,
     )
-    out_specs = row if inputs.options.reduction == "none" else _spec()
+    out_specs = row if inputs.options.reduction == "none" else _partition.spec()
     return _Program(_cross_entropy.loss_of, None, in_specs, out_specs)
 
 
@@ -195,8 +190,7 @@ def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...]:
     sharding = jax.typeof(kernel).sharding
     if not isinstance(kernel, jax.core.Tracer) and isinstance(kernel.sharding, NamedSharding):
         sharding = kernel.sharding
-    features = (*sharding.spec, None)[0] or ()
-    axes = (features,) if isinstance(features, str) else tuple(features)
+    axes, _ = _partition.split_over(sharding, 2)
     return axes if set(axes) <= set(batch) else ()
 
 

@@ -128,3 +128,17 @@ def targets_of(y, label_smoothing, uniform, class_weights):
     """`Targets` of class ids, int32, [N, 1], or of distributions, [N, V]."""
     ids, dense = (y, None) if y.dtype == jnp.int32 else (None, y)
     return Targets(ids, dense, label_smoothing, uniform, class_weights)
+
+
+# Sums over devices are taken in another order: 1e-5 of the largest, in float32.
+def assert_close_to_largest(got, want, rtol=1e-5):
+    def check(path, a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        finite = np.isfinite(b)
+        np.testing.assert_array_equal(a[~finite], b[~finite], str(path))
+        scale = np.abs(b[finite]).max(initial=1e-30)
+        np.testing.assert_allclose(
+            a[finite], b[finite], rtol=0, atol=rtol * scale, err_msg=str(path)
+        )
+
+    jax.tree_util.tree_map_with_path(check, got, want)

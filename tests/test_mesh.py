@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from support import BOTH, DENSE, INTEGER, cotangents, quick, rng
+from support import (
+    BOTH,
+    DENSE,
+    INTEGER,
+    assert_close_to_largest as assert_close,
+    cotangents,
+    quick,
+    rng,
+)
 
 import jax_sce
 from jax_sce import _partition, linear_softmax_cross_entropy, shard
@@ -36,20 +44,6 @@ def make_mesh(name, axis_type=AxisType.Auto):
 def two_types():
     types = AxisType.Auto, AxisType.Explicit
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=types)
-
-
-# Sums over devices are taken in another order: 1e-5 of the largest, in float32.
-def assert_close(got, want, rtol=1e-5):
-    def check(path, a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        finite = np.isfinite(b)
-        np.testing.assert_array_equal(a[~finite], b[~finite], str(path))
-        scale = np.abs(b[finite]).max(initial=1e-30)
-        np.testing.assert_allclose(
-            a[finite], b[finite], rtol=0, atol=rtol * scale, err_msg=str(path)
-        )
-
-    jax.tree_util.tree_map_with_path(check, got, want)
 
 
 def logits():

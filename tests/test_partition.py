@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import cotangents, quick, rng
+from support import assert_close_to_largest as assert_close, cotangents, quick, rng
 
 from jax_sce import _backend, linear_softmax_cross_entropy as head, shard
 from jax_sce.testing import collectives
@@ -66,18 +66,6 @@ def derivatives(loss, floats, labels, **static):
 
     (_, out), gradients = jax.value_and_grad(total, has_aux=True)(floats)
     return out, gradients
-
-
-def assert_close(got, want, rtol=1e-5):
-    """To the largest: sums over devices are taken in another order."""
-
-    def check(path, a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_array_equal(np.isnan(a), np.isnan(b), str(path))
-        scale = np.nanmax(np.abs(b), initial=1e-30)
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=str(path))
-
-    jax.tree_util.tree_map_with_path(check, jax.device_get(got), jax.device_get(want))
 
 
 def compiled(fn, *args, out_shardings=None):
