@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_sce import (
     reference,
@@ -142,3 +143,11 @@ def assert_close_to_largest(got, want, rtol=1e-5):
         )
 
     jax.tree_util.tree_map_with_path(check, got, want)
+
+
+def installed(machine, count):
+    """So many devices of an `Accelerator` to compile for; skips the test where that is not installed."""
+    try:
+        return machine.devices(count)
+    except RuntimeError as error:
+        pytest.skip(str(error))

@@ -12,11 +12,13 @@ import jsonschema
 import numpy as np
 import optax
 import pytest
-from support import exact_gradient, exact_loss, wide
+from support import exact_gradient, exact_loss, installed, wide
 
-from jax_sce.benchmark import Quartiles, Row, compare
+from jax_sce._hlo import Kernel, Product
+from jax_sce.benchmark import Quartiles, Row, _accelerators, compare
 from jax_sce.benchmark.__main__ import FOLDER, parse
-from jax_sce.benchmark._cases import DTYPES, PASSES, Case, shape_text
+from jax_sce.benchmark._accelerators import ACCELERATORS
+from jax_sce.benchmark._cases import DTYPES, PASSES, SOFTCAP, Case, shape_text
 from jax_sce.benchmark._measure import round_robin
 from jax_sce.benchmark._peak import peak_bytes
 from jax_sce.benchmark._report import SCHEMA, geometric_means, is_right
@@ -25,7 +27,12 @@ from jax_sce.testing._oracle import exact
 
 pytestmark = pytest.mark.usefixtures("lax_promotion")  # the peers are not ours
 
-SHAPES = {"logits": (96, 200), "distributions": (96, 200), "linear": (64, 16, 200)}
+SHAPES = {
+    "logits": (96, 200),
+    "softcap": (96, 200),
+    "distributions": (96, 200),
+    "linear": (64, 16, 200),
+}
 OURS = ["optax", "naive", "jax_sce"]
 
 
@@ -37,7 +44,16 @@ def head_loss(hidden, kernel, labels):
     return logits_loss(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), labels)
 
 
-LOSSES = {"logits": logits_loss, "distributions": optax.softmax_cross_entropy, "linear": head_loss}
+def capped_loss(logits, labels):
+    return logits_loss(SOFTCAP * jnp.tanh(logits.astype(jnp.float32) / SOFTCAP), labels)
+
+
+LOSSES = {
+    "logits": logits_loss,
+    "softcap": capped_loss,
+    "distributions": optax.softmax_cross_entropy,
+    "linear": head_loss,
+}
 
 
 def compare_one(loss, subject="logits", dtype="float32", pass_name="value_and_grad", **options):
@@ -123,6 +139,7 @@ def last_class_lost(g):
     [
         ("logits", 0, a_tenth_too_large),
         ("logits", 0, without_the_softmax),
+        ("softcap", 0, without_the_softmax),
         ("distributions", 0, a_tenth_too_large),
         ("distributions", 0, without_the_labels),
         ("linear", 0, a_tenth_too_large),
@@ -228,7 +245,10 @@ def test_what_needs_more_memory_than_there_is_does_not_run():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"subject": "logit"}, "subject must be among logits, distributions, linear, got 'logit'"),
+        (
+            {"subject": "logit"},
+            "subject must be among logits, softcap, distributions, linear, got 'logit'",
+        ),
         ({"shapes": [(8, 4, 10)]}, "a shape of logits must be NxV"),
         ({"dtypes": ["float64"]}, "dtype must be among float32, bfloat16, got 'float64'"),
         ({"passes": ["backward"]}, "passes of logits must be among .*, got 'backward'"),
@@ -245,7 +265,10 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("logit", "subjects must be among logits, distributions, linear, scaling, small, got"),
+        (
+            "logit",
+            "subjects must be among logits, softcap, distributions, linear, compiled, scaling, small",
+        ),
         ("--shapes 1024", "shapes must be like 1024x32000 or 512x64x8192, got '1024'"),
         ("--dtypes float64", "dtypes must be among float32, bfloat16, got 'float64'"),
         ("--passes backward", "got 'backward'"),
@@ -254,8 +277,12 @@ def test_bad_arguments_are_named(arguments, message):
         ("linear --shapes 8x10", "--shapes: none of these is for linear"),
         ("linear --passes donated_gradient", "--passes: none of these is for linear"),
         ("distributions --shapes 8x4x10", "--shapes: none of these is for distributions"),
-        ("small --peers optax", "are for logits, distributions, linear"),
+        ("small --peers optax", "are for logits, softcap, distributions, linear, compiled"),
         ("--json nowhere/at/all.json", "there is no folder nowhere"),
+        ("logits --for h100", "--for and --mesh are for compiled"),
+        ("compiled --for a100", "--for must be among h100, h200, b200, v5e, v5p, v6e, got 'a100'"),
+        ("compiled --mesh 8", "--mesh must be like 2x4, got '8'"),
+        ("compiled --shapes 8x4x10 --passes donated_gradient", "none of the subjects of compiled"),
     ],
 )
 def test_bad_options_are_named(arguments, message, monkeypatch, capsys):
@@ -326,7 +353,7 @@ def synthetic(peer, ratio, status="ok"):
 
 def test_the_mean_of_ratios_is_geometric_and_ours():
     rows = [synthetic("jax_sce", 0.5), synthetic("jax_sce", 2.0), synthetic("naive", 9.0)]
-    assert geometric_means(rows) == {("logits", "float32"): pytest.approx(1)}
+    assert geometric_means(rows) == {(None, "logits", "float32"): pytest.approx(1)}
 
 
 def test_only_our_own_faults_are_the_command_s():
@@ -359,6 +386,16 @@ def test_the_peak_counts_the_results():
     assert 0.9 * gradient < peak < 3 * gradient
 
 
+def valid_report(path):
+    """The JSON, as the schema describes it, with a line for each row."""
+    report = json.loads(path.read_text())
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(report, schema)
+    assert len(path.read_text().splitlines()) == len(report["rows"]) + len(report) + 1
+    return report
+
+
 def test_the_command(tmp_path):
     shapes = ",".join(shape_text(shape) for shape in dict.fromkeys(SHAPES.values()))
     command = [sys.executable, "-m", "jax_sce.benchmark", *SHAPES, "small", "--quick",
@@ -366,11 +403,7 @@ def test_the_command(tmp_path):
                "--json", tmp_path / "report.json", "--plot", tmp_path / "pictures"]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-
-    report = json.loads((tmp_path / "report.json").read_text())
-    schema = json.loads(SCHEMA.read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(report, schema)
+    report = valid_report(tmp_path / "report.json")
     assert {row["subject"] for row in report["rows"]} == {*SHAPES, "small"}
     assert {row["status"] for row in report["rows"] if row["peer"] in OURS} == {"ok"}
     assert report["import_seconds"]["median"] > 0
@@ -394,3 +427,103 @@ print(*{"optax", "rich", "matplotlib", "torch", "tokamax"} & set(sys.modules))
 """
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "\n"
+
+
+# -- compiled for machines that are not here -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 4)])
+@pytest.mark.parametrize("subject", SHAPES)
+def test_losses_of_one_s_own_are_compiled(subject, mesh):
+    installed(ACCELERATORS["h100"], 8)
+    shape = (4096, 64, 8192) if subject == "linear" else (4096, 8192)
+    rows = compare(subject, {"mine": LOSSES[subject]}, shapes=[shape], dtypes=["bfloat16"],
+                   passes=["forward", "value_and_grad"], peers=["jax_sce"], machines=["h100"],
+                   mesh=mesh)  # fmt: skip
+    assert [row.peer for row in rows] == ["floor", "jax_sce", "mine"] * 2
+    devices = 8 if mesh else 1
+    for row, floor in zip(rows, [rows[0]] * 3 + [rows[3]] * 3, strict=True):
+        assert (row.status, row.machine, row.mesh, row.seconds) == ("ok", "h100", mesh, None)
+        assert row.cost.bytes >= floor.cost.bytes
+        assert row.cost.operations >= floor.cost.operations
+        assert (row.cost.sent > 0) == (mesh is not None and row is not floor)
+        assert row.floor_fraction == pytest.approx(floor.time / row.time)
+        if subject == "linear":
+            times = 6 if row.pass_name == "value_and_grad" else 2
+            work = times * 4096 * 64 * 8192
+            assert row.cost.operations == work // devices
+            assert row.cost.products == pytest.approx(times / 6)
+        else:
+            logits = 4096 * 8192 * 2 / devices
+            assert row.cost.passes == pytest.approx(row.cost.bytes / logits, rel=1e-6)
+    # An argument, the logits' gradient, and what is computed in between.
+    assert rows[3].cost.passes == {"linear": None, "distributions": 5}.get(subject, 3)
+
+
+def test_what_does_not_compile_says_why():
+    installed(ACCELERATORS["h100"], 1)
+
+    def broken(logits, labels):
+        raise RuntimeError("out of ideas")
+
+    def endless(logits, labels):
+        z = jax.lax.while_loop(lambda z: jnp.max(z) > 0, lambda z: jnp.sin(z) - 1, logits)
+        return logits_loss(z, labels)
+
+    rows = compare("logits", {"broken": broken, "endless": endless}, shapes=[(8, 10)],
+                   dtypes=["float32"], passes=["forward"], peers=[], machines=["h100"])  # fmt: skip
+    assert [(row.peer, row.status, row.detail) for row in rows[1:]] == [
+        ("broken", "failed", "RuntimeError: out of ideas"),
+        ("endless", "failed", "ValueError: it has a loop that runs until its data is done"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"machines": ["a100"]}, "machines must be among h100, .*, got 'a100'"),
+        ({"passes": ["eager_forward"]}, "passes that are compiled cannot be eager_forward"),
+        ({"mesh": (0, 2)}, "mesh must be two numbers of devices, .* got \\(0, 2\\)"),
+    ],
+)
+def test_bad_arguments_of_what_is_compiled_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        compare("logits", **{"machines": ["h100"], **arguments})
+
+
+@pytest.mark.parametrize(("machine", "package"), [("h100", "jax-cuda13-plugin"), ("v5p", "libtpu")])
+def test_what_is_not_installed_is_said_with_the_command(machine, package, monkeypatch):
+    monkeypatch.setattr(_accelerators, "is_installed", lambda _: False)
+    with pytest.raises(
+        RuntimeError, match=f'{machine} needs {package}: pip install -e ".\\[compiled'
+    ):
+        compare("logits", machines=[machine])
+
+
+def test_a_bound_is_that_of_the_slower_of_memory_and_products():
+    h100 = ACCELERATORS["h100"]
+    memory, product = 3.35e12 * 2.0, Product(989e12 * 3.0, "bf16")
+    assert h100.seconds([Kernel("a", "fusion", memory, 0)]) == pytest.approx(2)
+    assert h100.seconds([Kernel("a", "fusion", memory, 0, (product,))]) == pytest.approx(3)
+    twice = Kernel("a", "fusion", 0, memory, times=2)
+    assert h100.seconds([twice, Kernel("b", "dot", 0, 0, (product,))]) == pytest.approx(7)
+    assert h100.seconds([twice, Kernel("c", "custom-call", 0, 0, opaque=True)]) is None
+    exact = Product(918e12, "f32 highest")
+    assert ACCELERATORS["v6e"].seconds([Kernel("a", "dot", 0, 0, (exact,))]) == pytest.approx(6)
+
+
+def test_the_command_compiles(tmp_path):
+    installed(ACCELERATORS["h100"], 8)
+    command = [sys.executable, "-m", "jax_sce.benchmark", "compiled", "--for", "h100", "--quick",
+               "--mesh", "2x4", "--peers", "naive,jax_sce", "--shapes", "4096x8192,4096x64x8192",
+               "--json", tmp_path / "report.json", "--plot", tmp_path]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    report = valid_report(tmp_path / "report.json")
+    assert {(row["subject"], row["machine"]) for row in report["rows"]} == {
+        (subject, "h100") for subject in SHAPES
+    }
+    assert {row["status"] for row in report["rows"]} == {"ok"}
+    for name in ("compiled_passes.png", "compiled_head.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "compiled for h100 2x4, each device: linear, bfloat16, value_and_grad" in ended.stdout

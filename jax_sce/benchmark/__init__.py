@@ -28,5 +28,6 @@ How it is measured:
 tabulates with the packages of `pip install "jax_sce[benchmark]"`.
 """
 
-from ._compare import Row as Row, compare as compare
+from ._compare import compare as compare
 from ._measure import Quartiles as Quartiles
+from ._row import Cost as Cost, Row as Row

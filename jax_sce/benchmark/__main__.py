@@ -5,32 +5,41 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from .._command import check_folder, check_known, is_installed, make_console, silence_tokamax
 from . import __doc__ as METHOD
+from ._accelerators import ACCELERATORS, prepare
 from ._cases import DTYPES, PASSES, rank
-from ._compare import Row, compare
+from ._compare import compare
 from ._peers import all_peers, missing
 from ._plot import draw
 from ._report import Report, is_right
+from ._row import Row
 from ._scaling import Fit, full_plan, quick_plan, scaling
 from ._small import import_seconds, small
 from ._table import print_report
 
 NEEDED = ("optax", "rich", "matplotlib")  # by the command
 
-COMPARED = ("logits", "distributions", "linear")  # the subjects that the options are for
-SUBJECTS = (*COMPARED, "scaling", "small")
+USUAL = ("logits", "distributions", "linear")  # if no subject is named
+COMPARED = ("logits", "softcap", "distributions", "linear")  # also what `compiled` compiles
+SUBJECTS = (*COMPARED, "compiled", "scaling", "small")
+MACHINES = ("h100", "v5p", "v6e")
 
 ROUNDS, QUICK_ROUNDS = 5, 3
 FOLDER = Path("jax_sce-benchmark")  # where the report and the pictures go if nobody says
 QUICK: dict[str, dict[str, Any]] = {
     "logits": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
+    "softcap": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
     "distributions": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
     "linear": {"shapes": [(512, 64, 8192)], "dtypes": ["float32"], "passes": ["value_and_grad"]},
 }
+QUICK_COMPILED = {"dtypes": ["bfloat16"], "passes": ["value_and_grad"]}
 
 
 def main() -> int:
@@ -55,7 +64,11 @@ def main() -> int:
             progress.update(task, completed=done, total=total, description=text)
 
         for subject in args.subjects:
-            if subject == "scaling":
+            if subject == "compiled":
+                found = []
+                for each, options in args.compiled.items():
+                    found += compare(each, **options, progress=show)
+            elif subject == "scaling":
                 found, fits = scaling(quick_plan() if args.quick else full_plan(), show)
             elif subject == "small":
                 found = small(args.rounds, show)
@@ -68,7 +81,7 @@ def main() -> int:
     report = Report(
         command=sys.argv[1:],
         rows=rows,
-        missing={subject: missing(subject) for subject in COMPARED if subject in args.subjects},
+        missing=all_missing(args),
         fits=fits,
         import_seconds=import_time,
         wall_seconds=time.perf_counter() - begin,
@@ -83,6 +96,19 @@ def main() -> int:
     return 0 if is_right(rows) else 1
 
 
+def all_missing(args: argparse.Namespace) -> dict[str, list[str]]:
+    platform = jax.default_backend()
+    absent = {s: missing(all_peers(s, platform)) for s in COMPARED if s in args.subjects}
+    if args.compiled:
+        pairs = [(s, platform_of(m)) for s in args.compiled for m in args.machines]
+        absent["compiled"] = missing([p for s, on in pairs for p in all_peers(s, on) if p.loss])
+    return absent
+
+
+def platform_of(machine: str) -> str:
+    return ACCELERATORS[machine].platform
+
+
 def set_environment() -> None:
     """What has to be said before JAX's devices and PyTorch start."""
     # The idle threads of PyTorch's OpenMP would spin, on cores that the next peer is to have.
@@ -90,6 +116,8 @@ def set_environment() -> None:
     # JAX would take most of a GPU's memory for itself, and PyTorch has to run beside it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     silence_tokamax()  # lest it speak in the midst of the progress display
+    if "compiled" in sys.argv:
+        prepare()
 
 
 # -- the command line --------------------------------------------------------------------------------
@@ -104,13 +132,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "subjects", nargs="*", metavar="subject",
-        help=f"any of {', '.join(SUBJECTS)}; the first three if none is named",
+        help=f"any of {', '.join(SUBJECTS)}; without one {', '.join(USUAL)}",
     )  # fmt: skip
     parser.add_argument("--shapes", help="NxV for logits and distributions, NxDxV for linear: "
                         "1024x32000,512x64x8192")  # fmt: skip
     parser.add_argument("--dtypes", help=", ".join(DTYPES))
     parser.add_argument("--passes", help=", ".join(PASSES["logits"]) + "; all but the last")
     parser.add_argument("--peers", help="their names, as the table shows them")
+    parser.add_argument("--for", dest="machines", metavar="MACHINES", help="of compiled: any of "
+                        f"{', '.join(ACCELERATORS)}; without it {','.join(MACHINES)}")  # fmt: skip
+    parser.add_argument("--mesh", metavar="AxB", help="of compiled: A devices split the examples, B "
+                        "the classes; without it there is one")  # fmt: skip
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, or with --quick {QUICK_ROUNDS}")
     parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to this file")
@@ -135,19 +167,34 @@ def interpret(args: argparse.Namespace) -> None:
     check_known("dtypes", args.dtypes, DTYPES)
     args.passes = words(args.passes)
     check_known("passes", args.passes, PASSES["logits"])
-    names = dict.fromkeys(peer.name for subject in COMPARED for peer in all_peers(subject))
+    if not args.subjects:
+        args.subjects = [s for s in USUAL if not args.shapes or shapes_of(s, args.shapes)]
+    check_known("subjects", args.subjects, SUBJECTS)
+    is_compiled = "compiled" in args.subjects
+    if not is_compiled and (args.machines or args.mesh):
+        raise ValueError("--for and --mesh are for compiled")
+    args.machines = words(args.machines) or list(MACHINES)
+    check_known("--for", args.machines, ACCELERATORS)
+    args.mesh = parse_mesh(args.mesh) if args.mesh else None
+    platforms = [jax.default_backend(), *map(platform_of, args.machines if is_compiled else ())]
+    names = dict.fromkeys(p.name for s in COMPARED for on in platforms for p in all_peers(s, on))
     args.peers = words(args.peers)
     check_known("peers", args.peers, names)
     if args.rounds is None:
         args.rounds = QUICK_ROUNDS if args.quick else ROUNDS
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-    if not args.subjects:
-        args.subjects = [s for s in COMPARED if not args.shapes or shapes_of(s, args.shapes)]
-    check_known("subjects", args.subjects, SUBJECTS)
-    args.options = {s: compare_options(args, s) for s in COMPARED if s in args.subjects}
-    if not args.options and (args.shapes or args.dtypes or args.passes or args.peers):
-        raise ValueError(f"--shapes, --dtypes, --passes and --peers are for {', '.join(COMPARED)}")
+    here = jax.default_backend()
+    args.options = {s: compare_options(args, s, [here]) for s in COMPARED if s in args.subjects}
+    args.compiled = compiled_options(args) if is_compiled else {}
+    if (
+        not args.options
+        and not args.compiled
+        and (args.shapes or args.dtypes or args.passes or args.peers)
+    ):
+        raise ValueError(
+            f"--shapes, --dtypes, --passes and --peers are for {', '.join((*COMPARED, 'compiled'))}"
+        )
     if not args.json and not args.plot:
         FOLDER.mkdir(exist_ok=True)
         args.json, args.plot = FOLDER / "report.json", FOLDER
@@ -156,12 +203,15 @@ def interpret(args: argparse.Namespace) -> None:
         raise ValueError(f"--plot: {args.plot} is not a folder")
 
 
-def compare_options(args: argparse.Namespace, subject: str) -> dict[str, Any]:
+def compare_options(
+    args: argparse.Namespace, subject: str, platforms: Sequence[str]
+) -> dict[str, Any]:
     """What `compare` is to be told: of what was asked, that which the subject has."""
+    known = dict.fromkeys(p.name for on in platforms for p in all_peers(subject, on))
     asked = {
         "shapes": (args.shapes, shapes_of(subject, args.shapes)),
         "passes": (args.passes, [p for p in args.passes if p in PASSES[subject]]),
-        "peers": (args.peers, [p.name for p in all_peers(subject) if p.name in args.peers]),
+        "peers": (args.peers, [name for name in known if name in args.peers]),
     }
     for name, (given, fitting) in asked.items():
         if given and not fitting:
@@ -173,12 +223,34 @@ def compare_options(args: argparse.Namespace, subject: str) -> dict[str, Any]:
     return {**usual, **asked_for, "rounds": args.rounds}
 
 
+def compiled_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The same for each subject that `compiled` compiles: those that the options fit."""
+    options = {}
+    for subject in COMPARED:
+        try:
+            asked = compare_options(args, subject, [platform_of(m) for m in args.machines])
+        except ValueError:
+            continue
+        usual = QUICK_COMPILED if args.quick else {}
+        kept = {k: asked[k] for k in ("shapes", "dtypes", "passes", "peers") if getattr(args, k)}
+        options[subject] = {**usual, **kept, "machines": args.machines, "mesh": args.mesh}
+    if not options:
+        raise ValueError("--shapes, --passes and --peers: none of the subjects of compiled has all")
+    return options
+
+
 def shapes_of(subject: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return [shape for shape in shapes if len(shape) == rank(subject)]
 
 
 def words(text: str | None) -> list[str]:
     return text.split(",") if text else []
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)):
+        raise ValueError(f"--mesh must be like 2x4, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

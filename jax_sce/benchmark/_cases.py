@@ -25,21 +25,26 @@ from jax import Array, lax
 from .._command import check_known
 
 DTYPES = ("float32", "bfloat16")
+_OF_LOGITS = ("forward", "value_and_grad", "donated_gradient", "eager_forward")
 PASSES = {
-    "logits": ("forward", "value_and_grad", "donated_gradient", "eager_forward"),
-    "distributions": ("forward", "value_and_grad", "donated_gradient", "eager_forward"),
+    "logits": _OF_LOGITS,
+    "softcap": _OF_LOGITS,
+    "distributions": _OF_LOGITS,
     "linear": ("forward", "value_and_grad", "eager_forward"),
 }
+SOFTCAP = 30.0  # of the subject of that name, as Gemma 2's language models have it
 
 # (N, V) and (N, D, V), the largest last: from few classes to the vocabularies of language models.
 _SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "cpu": {
         "logits": [(65536, 10), (4096, 1000), (512, 32000), (128, 128256)],
+        "softcap": [(512, 32000)],
         "distributions": [(65536, 10), (4096, 1000), (512, 32000)],
         "linear": [(1024, 64, 8192), (1024, 64, 32000)],
     },
-    "default": {
+    "accelerator": {
         "logits": [(8192, 32000), (8192, 128256), (4096, 256000)],
+        "softcap": [(8192, 128256)],
         "distributions": [(8192, 32000), (8192, 128256)],
         "linear": [(8192, 2304, 256000), (32768, 4096, 128256)],
     },
@@ -64,13 +69,13 @@ def rank(subject: str) -> int:
     return 3 if subject == "linear" else 2
 
 
-def default_shapes(subject: str) -> list[tuple[int, ...]]:
-    return _SHAPES["cpu" if jax.default_backend() == "cpu" else "default"][subject]
+def default_shapes(subject: str, on: str) -> list[tuple[int, ...]]:
+    return _SHAPES[on][subject]
 
 
-def default_dtypes(subject: str) -> list[str]:
+def default_dtypes(subject: str, on: str) -> list[str]:
     """Heads as large as those for an accelerator are run there in 16 bits."""
-    only_16_bits = subject == "linear" and jax.default_backend() != "cpu"
+    only_16_bits = subject == "linear" and on == "accelerator"
     return ["bfloat16"] if only_16_bits else list(DTYPES)
 
 
@@ -82,7 +87,7 @@ def default_passes(subject: str) -> list[str]:
 class Case:
     """A subject, the shape of its problem, and the dtype of its float arguments."""
 
-    subject: str  # "logits", "distributions" or "linear"
+    subject: str  # "logits", "softcap", "distributions" or "linear"
     shape: tuple[int, ...]  # (N, V) or (N, D, V)
     dtype: str  # "float32" or "bfloat16"
 
@@ -174,6 +179,8 @@ def _draw(subject: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     labels = draws.integers(v, size=n, dtype=np.int32)
     if subject == "logits":
         return normal(2.5, n, v), labels
+    if subject == "softcap":
+        return normal(10.0, n, v), labels
     return normal(1.0, n, *d), normal(2.5 / math.sqrt(d[0]), *d, v), labels
 
 
@@ -191,11 +198,14 @@ def _expected(subject: str, shape: tuple[int, ...]) -> _Expected:
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        answers = jax.jit(_answers)(sample, inputs)
+        softcap = SOFTCAP if subject == "softcap" else None
+        answers = jax.jit(functools.partial(_answers, softcap))(sample, inputs)
         return _Expected(sample, float(answers[0]), *jax.tree.map(np.asarray, answers[1:]))
 
 
-def _answers(sample: _Sample, inputs: tuple[Array, ...]) -> tuple[Array, Array, Array | None]:
+def _answers(
+    softcap: float | None, sample: _Sample, inputs: tuple[Array, ...]
+) -> tuple[Array, Array, Array | None]:
     """The naive formulas in float64, in blocks of examples."""
     examples, *kernels, labels = inputs
     kernel = kernels[0].astype(jnp.float64) if kernels else None
@@ -206,14 +216,18 @@ def _answers(sample: _Sample, inputs: tuple[Array, ...]) -> tuple[Array, Array, 
         return wide if kernel is None else wide @ kernel
 
     def loss_and_cotangents(example: Array, label: Array, at: Any) -> tuple[Array, Array]:
-        z = logits(example)
+        z, slope = logits(example), jnp.ones(v)
+        if softcap is not None:
+            slope = 1 / jnp.cosh(z / softcap) ** 2
+            z = softcap * jnp.tanh(z / softcap)
         normalizer = jax.nn.logsumexp(z)
         if label.ndim:  # a distribution
             y = label.astype(jnp.float64)
             mass, picked, targets = jnp.sum(y), jnp.sum(y * z), y[at]
         else:
             mass, picked, targets = jnp.float64(1), z[label], at == label
-        return mass * normalizer - picked, (mass * jnp.exp(z[at] - normalizer) - targets) / n
+        by_capped = mass * jnp.exp(z[at] - normalizer) - targets
+        return mass * normalizer - picked, slope[at] * by_capped / n
 
     losses, at_columns = lax.map(
         lambda x: loss_and_cotangents(x[0], x[1], sample.columns),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._command import check_known
+from ._accelerators import ACCELERATORS
 from ._cases import (
     PASSES,
     Case,
@@ -20,36 +21,13 @@ from ._cases import (
     default_shapes,
     shape_text,
 )
+from ._compiled import compile_all
 from ._machine import available_bytes
 from ._measure import Quartiles, round_robin
 from ._peak import peak_bytes
 from ._peers import BASELINE, Peer, choose, import_packages
 from ._programs import Loss, Run, floor_program
-
-FLOOR = "floor"
-
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, and what comes next
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What was found of one pass of one peer; None for what was not, or does not exist."""
-
-    subject: str  # "logits", "distributions" or "linear"
-    shape: tuple[int, ...]  # (N, V) or (N, D, V)
-    dtype: str
-    pass_name: str
-    peer: str  # "floor" for what bounds them all
-    status: str  # "ok"; "wrong", and then without a time; or "failed"
-    detail: str = ""  # what is wrong, or what it raised
-    seconds: Quartiles | None = None
-    ratio: float | None = None  # of the median to the baseline's: naive for heads, optax otherwise
-    floor_fraction: float | None = None  # the floor's median over this one
-    compile_seconds: float | None = None  # to trace and to compile
-    temporary_bytes: int | None = None  # of the compiled pass, beside arguments and results
-    peak_bytes: int | None = None  # of resident memory: temporaries and results
-    value_error: float | None = None  # relative to float64
-    gradient_error: float | None = None  # in the L1 norm
+from ._row import FLOOR, Progress, Row, Steps, failed, related
 
 
 def compare(
@@ -60,6 +38,8 @@ def compare(
     dtypes: Sequence[str] | None = None,
     passes: Sequence[str] | None = None,
     peers: Sequence[str] | None = None,
+    machines: Sequence[str] | None = None,
+    mesh: tuple[int, int] | None = None,
     rounds: int = 7,
     peak: bool = False,
     memory_limit: int | None = None,
@@ -67,15 +47,23 @@ def compare(
 ) -> list[Row]:
     """Compare losses, yours among them: time, memory and error, as `jax_sce.benchmark` tells.
 
+    With `machines` nothing is run: the passes are compiled for these, and a row's `cost` and its bound
+    of the time are read from the program.
+
     Args:
-      subject: "logits", with labels [N], "distributions", logits with labels [N, V], or "linear".
+      subject: "logits", with labels [N]; "softcap", the same with logits capped at 30; "distributions",
+        logits with labels [N, V]; or "linear".
       losses: Your own, by name: `fn(logits, labels)`, or `fn(hidden, kernel, labels)`, which give the
         mean loss or that of each example and can be traced by JAX.
       shapes: (N, V) each, or (N, D, V); None for the subject's usual ones on this platform.
       dtypes: "float32", "bfloat16"; None for both, and on accelerators for bfloat16 heads.
-      passes: "forward", "value_and_grad", "donated_gradient" (not of heads), "eager_forward"; None for
-        all but the last.
+      passes: "forward", "value_and_grad", "donated_gradient" (not of heads), "eager_forward" (not
+        compiled); None for all but the last.
       peers: Their names; None for all that are installed.
+      machines: Any of "h100", "h200", "b200", "v5e", "v5p", "v6e", to compile for; None to measure on
+        this one. Needs `pip install -e ".[compiled]"` of a checkout.
+      mesh: Of each of them: how many devices split the examples, and how many the classes. None for
+        one device.
       rounds: How many times each is timed.
       peak: Also measure the peak of resident memory, on CPU, of value_and_grad at the largest
         shape in the first dtype; not that of `losses`, which a fresh process does not have.
@@ -87,6 +75,7 @@ def compare(
 
     Raises:
       ValueError: An argument is none of those above; the message names it.
+      RuntimeError: What is needed to compile for a machine is not installed; the message names it.
 
     Example:
       >>> import optax
@@ -105,38 +94,32 @@ def compare(
     check_known("subject", [subject], PASSES)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    shapes = default_shapes(subject) if shapes is None else shapes
-    dtypes = default_dtypes(subject) if dtypes is None else dtypes
+    check_known("machines", machines or (), ACCELERATORS)
+    on = "accelerator" if machines is not None or jax.default_backend() != "cpu" else "cpu"
+    shapes = default_shapes(subject, on) if shapes is None else shapes
+    dtypes = default_dtypes(subject, on) if dtypes is None else dtypes
     passes = default_passes(subject) if passes is None else passes
     check_known(f"passes of {subject}", passes, PASSES[subject])
     cases = [Case(subject, tuple(shape), dtype) for shape in shapes for dtype in dtypes]
-    contenders = [Peer(FLOOR, floor_program), *choose(subject, peers, losses or {})]
-    groups = {p: [peer for peer in contenders if p in peer.passes] for p in passes}
-    step = _Steps(len(cases) * sum(len(group) + rounds for group in groups.values()), progress)
+    if machines is not None:
+        return compile_all(cases, passes, peers, losses or {}, machines, mesh, progress)
+
+    platform = jax.default_backend()
+    contenders = [
+        Peer(FLOOR, program_of=floor_program),
+        *choose(subject, platform, peers, losses or {}),
+    ]
+    work = [(case, p, [x for x in contenders if x.fits(case, p)]) for case in cases for p in passes]
+    step = Steps(sum(len(group) + rounds for _, _, group in work), progress)
     import_packages(contenders)
     jax.block_until_ready(jax.jit(jnp.negative)(0.0))  # JAX starts up before the first is compiled
 
     rows = []
-    for case in cases:
-        for pass_name, group in groups.items():
-            rows += _measure(case, pass_name, group, rounds, memory_limit, step)
-    if peak and jax.default_backend() == "cpu":
+    for case, pass_name, group in work:
+        rows += _measure(case, pass_name, group, rounds, memory_limit, step)
+    if peak and on == "cpu":
         rows = _with_peaks(rows, set(losses or ()), step)
     return rows
-
-
-@dataclasses.dataclass
-class _Steps:
-    """Counts the steps, and tells of each as it begins."""
-
-    total: int
-    progress: Progress | None
-    done: int = 0
-
-    def __call__(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress(self.done, self.total, text)
-        self.done += 1
 
 
 def _measure(
@@ -145,7 +128,7 @@ def _measure(
     peers: Sequence[Peer],
     rounds: int,
     memory_limit: int | None,
-    step: _Steps,
+    step: Steps,
 ) -> list[Row]:
     """A row for each peer. Only those whose answer is right are timed."""
     text = f"{case.subject} {shape_text(case.shape)} {case.dtype}, {pass_name}"
@@ -157,7 +140,8 @@ def _measure(
         entries.append(_enter(case, pass_name, peer, arrays, limit))
     runs = {entry.row.peer: entry.run for entry in entries if entry.run is not None}
     samples = round_robin(runs, rounds, lambda: step(f"{text}: timing"))
-    return _related([_timed(entry, samples.get(entry.row.peer)) for entry in entries])
+    rows = [_timed(entry, samples.get(entry.row.peer)) for entry in entries]
+    return related(rows, BASELINE[case.subject])
 
 
 class _Entry(NamedTuple):
@@ -186,7 +170,7 @@ def _enter(
         value, gradients = run()
         errors = Errors() if peer.name == FLOOR else case.check(value, gradients)
     except Exception as error:
-        return _Entry(_failed(row, error))
+        return _Entry(failed(row, error))
     row = dataclasses.replace(
         row, value_error=_finite(errors.value), gradient_error=_finite(errors.gradient)
     )
@@ -203,35 +187,12 @@ def _timed(entry: _Entry, samples: list[float] | Exception | None) -> Row:
     if samples is None:
         return entry.row
     if isinstance(samples, Exception):
-        return _failed(entry.row, samples)
+        return failed(entry.row, samples)
     seconds = Quartiles.of([entry.times * x for x in samples])
     return dataclasses.replace(entry.row, seconds=seconds)
 
 
-def _failed(row: Row, error: Exception) -> Row:
-    message = f"{type(error).__name__}: {error}".splitlines()[0]
-    return dataclasses.replace(row, status="failed", detail=message)
-
-
-def _related(rows: list[Row]) -> list[Row]:
-    """With the ratios to the baseline's median and to the floor's."""
-    medians = {row.peer: row.seconds.median for row in rows if row.seconds is not None}
-    baseline, floor = medians.get(BASELINE[rows[0].subject]), medians.get(FLOOR)
-
-    def related(row: Row) -> Row:
-        if row.peer not in medians:
-            return row
-        median = medians[row.peer]
-        return dataclasses.replace(
-            row,
-            ratio=None if baseline is None else median / baseline,
-            floor_fraction=None if floor is None else floor / median,
-        )
-
-    return [related(row) for row in rows]
-
-
-def _with_peaks(rows: list[Row], own: set[str], step: _Steps) -> list[Row]:
+def _with_peaks(rows: list[Row], own: set[str], step: Steps) -> list[Row]:
     """With the peak memory of the largest case's value_and_grad, where a fresh process can tell."""
     largest = max((row.shape for row in rows), key=math.prod)
     case = Case(rows[0].subject, largest, rows[0].dtype)

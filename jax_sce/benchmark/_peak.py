@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+
 from ._cases import Case
 from ._machine import proc_field
 from ._peers import choose
@@ -51,7 +53,7 @@ def _settled() -> int:
 
 def main() -> None:
     subject, shape, dtype, pass_name, name = json.loads(sys.argv[1])
-    (peer,) = choose(subject, [name], {})
+    (peer,) = choose(subject, jax.default_backend(), [name], {})
     small = Case(subject, (8, *shape[1:-1], min(shape[-1], 1024)), dtype)
     peer.program(small, pass_name).start(small.arrays())()
 

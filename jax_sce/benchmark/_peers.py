@@ -1,12 +1,14 @@
 """Who is compared: the losses of JAX's libraries and PyTorch, each with the package that it needs.
 
-naive     `-sum y log softmax(z)` of logits; of a linear head, `optax` on its logits, which are
-          accumulated in float32
-optax     `softmax_cross_entropy_with_integer_labels`, or of distributions `softmax_cross_entropy`
-jax_sce   this library
-tokamax   `linear_softmax_cross_entropy_loss`, by implementation
-jax-cce   `linear_cross_entropy`, which takes the kernel as [V, D]: given the transposed one
-torch     `torch.nn.functional.cross_entropy`, and on GPU the same under `torch.compile`
+naive          `-sum y log softmax(z)` of logits; of a linear head, `optax` on its logits, which are
+               accumulated in float32
+optax          `softmax_cross_entropy_with_integer_labels`, or of distributions `softmax_cross_entropy`
+optax float32  the same, of 16-bit logits cast to float32 first
+jax_sce        this library
+tokamax        `linear_softmax_cross_entropy_loss`, by implementation
+jax-cce        `linear_cross_entropy`, which takes the kernel as [V, D]: given the transposed one
+torch          `torch.nn.functional.cross_entropy`, and on GPU the same under `torch.compile`
+Liger-Kernel and cut-cross-entropy, on GPU: their fused heads for PyTorch
 
 All of them return the mean loss. `BASELINE` is the one by whose time the others' are divided.
 """
@@ -25,12 +27,13 @@ from jax import Array
 import jax_sce
 
 from .._command import check_known, is_installed
-from ._cases import PASSES, Case
+from ._cases import DTYPES, PASSES, SOFTCAP, Case
 from ._programs import Loss, Program, jax_program
 from ._torch import PASSES as TORCH_PASSES, torch_program
 
 BASELINE = {
     "logits": "optax",
+    "softcap": "optax",
     "distributions": "optax",
     "linear": "naive",
     "scaling": "naive",
@@ -41,9 +44,11 @@ BASELINE = {
 @dataclasses.dataclass(frozen=True)
 class Peer:
     name: str
-    program: Callable[[Case, str], Program]
     package: str | None = None  # as pip calls it; None if it is always there
+    loss: Loss | None = None  # in JAX
+    program_of: Callable[[Case, str], Program] | None = None  # None for that of `loss`
     passes: Sequence[str] = PASSES["logits"]
+    dtypes: Sequence[str] = DTYPES
 
     @property
     def module(self) -> str | None:
@@ -53,54 +58,63 @@ class Peer:
     def installed(self) -> bool:
         return self.package is None or is_installed(self.package)
 
+    def fits(self, case: Case, pass_name: str) -> bool:
+        return pass_name in self.passes and case.dtype in self.dtypes
 
-def all_peers(subject: str) -> list[Peer]:
-    """Those of the subject on this platform, installed or not."""
-    on = jax.default_backend()
-    if subject == "logits":
+    def program(self, case: Case, pass_name: str) -> Program:
+        if self.program_of is not None:
+            return self.program_of(case, pass_name)
+        assert self.loss is not None
+        return jax_program(self.loss, case, pass_name)
+
+
+def all_peers(subject: str, platform: str) -> list[Peer]:
+    """Those of the subject on the platform, installed or not."""
+    if subject == "linear":
+        tokamax = ["xla", "chunked_xla"] + (["mosaic_tpu"] if platform == "tpu" else [])
         peers = [
-            Peer("naive", _of(_naive)),
-            Peer("optax", _of(_optax), "optax"),
-            Peer("jax_sce", _of(_jax_sce)),
-        ]
-    elif subject == "distributions":
-        peers = [
-            Peer("naive", _of(_naive_dense)),
-            Peer("optax", _of(_optax_dense), "optax"),
-            Peer("jax_sce", _of(_jax_sce_dense)),
+            Peer("naive", "optax", _naive_head),
+            Peer("jax_sce", None, _jax_sce_head),
+            *(Peer(f"tokamax {x}", "tokamax", functools.partial(_tokamax, x)) for x in tokamax),
+            Peer("jax-cce", "jax-cce", _jax_cce),
         ]
     else:
-        tokamax = ["xla", "chunked_xla"] + (["mosaic_tpu"] if on == "tpu" else [])
+        naive, optax, ours = _OF_LOGITS[subject]
         peers = [
-            Peer("naive", _of(_naive_head), "optax"),
-            Peer("jax_sce", _of(_jax_sce_head)),
-            *(
-                Peer(f"tokamax {x}", _of(functools.partial(_tokamax, x)), "tokamax")
-                for x in tokamax
-            ),
-            Peer("jax-cce", _of(_jax_cce), "jax-cce"),
+            Peer("naive", None, naive),
+            Peer("optax", "optax", optax),
+            Peer("optax float32", "optax", _of_float32(optax), dtypes=("bfloat16",)),
+            Peer("jax_sce", None, ours),
         ]
-    if on in ("cpu", "gpu"):
-        peers.append(Peer("torch", torch_program, "torch", TORCH_PASSES))
-    if on == "gpu":
-        compiled = functools.partial(torch_program, compiled=True)
-        peers.append(Peer("torch compiled", compiled, "torch", TORCH_PASSES))
-    return peers
+    in_torch: list[tuple[str, str, str]] = []  # name, package, and what `torch_program` calls it
+    if platform in ("cpu", "gpu") and subject != "softcap":
+        in_torch.append(("torch", "torch", "eager"))
+    if platform == "gpu" and subject != "softcap":
+        in_torch.append(("torch compiled", "torch", "compiled"))
+    if platform == "gpu" and subject == "linear":
+        in_torch.append(("Liger-Kernel", "liger-kernel", "liger"))
+        in_torch.append(("cut-cross-entropy", "cut-cross-entropy", "cut"))
+    return peers + [
+        Peer(name, package, None, functools.partial(torch_program, by=by), TORCH_PASSES)
+        for name, package, by in in_torch
+    ]
 
 
-def missing(subject: str) -> list[str]:
-    """The packages that would add peers, and are not installed."""
-    return sorted({str(p.package) for p in all_peers(subject) if not p.installed})
+def missing(peers: Sequence[Peer]) -> list[str]:
+    """The packages that would add some of these, and are not installed."""
+    return sorted({str(peer.package) for peer in peers if not peer.installed})
 
 
-def choose(subject: str, names: Sequence[str] | None, losses: Mapping[str, Loss]) -> list[Peer]:
+def choose(
+    subject: str, platform: str, names: Sequence[str] | None, losses: Mapping[str, Loss]
+) -> list[Peer]:
     """The installed peers of those names, all for None, and the losses that the caller brings."""
-    known = all_peers(subject)
+    known = all_peers(subject, platform)
     check_known(f"peers of {subject}", names or (), [peer.name for peer in known])
     if taken := {peer.name for peer in known} & set(losses):
         raise ValueError(f"losses must have names that no peer has, got {', '.join(taken)}")
     chosen = [p for p in known if p.installed and (names is None or p.name in names)]
-    return chosen + [Peer(name, _of(loss)) for name, loss in losses.items()]
+    return chosen + [Peer(name, loss=loss) for name, loss in losses.items()]
 
 
 def import_packages(peers: Sequence[Peer]) -> None:
@@ -112,8 +126,8 @@ def import_packages(peers: Sequence[Peer]) -> None:
             importlib.import_module(module)
 
 
-def _of(loss: Loss) -> Callable[[Case, str], Program]:
-    return functools.partial(jax_program, loss)
+def _of_float32(loss: Loss) -> Loss:
+    return lambda logits, labels: loss(logits.astype(jnp.float32), labels)
 
 
 # -- logits [N, V], labels [N] -------------------------------------------------------------------------
@@ -133,6 +147,19 @@ def _jax_sce(logits: Array, labels: Array) -> Array:
     return jax_sce.softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
 
 
+# -- the same, capped --------------------------------------------------------------------------------
+
+
+def _capped(loss: Loss) -> Loss:
+    return lambda logits, labels: loss(SOFTCAP * jnp.tanh(logits / SOFTCAP), labels)
+
+
+def _jax_sce_capped(logits: Array, labels: Array) -> Array:
+    return jax_sce.softmax_cross_entropy_with_integer_labels(
+        logits, labels, softcap=SOFTCAP, reduction="mean"
+    )
+
+
 # -- logits [N, V], labels [N, V] ----------------------------------------------------------------------
 
 
@@ -149,6 +176,12 @@ def _optax_dense(logits: Array, labels: Array) -> Array:
 def _jax_sce_dense(logits: Array, labels: Array) -> Array:
     return jax_sce.softmax_cross_entropy(logits, labels, reduction="mean")
 
+
+_OF_LOGITS: dict[str, tuple[Loss, Loss, Loss]] = {
+    "logits": (_naive, _optax, _jax_sce),
+    "softcap": (_capped(_naive), _capped(_optax), _jax_sce_capped),
+    "distributions": (_naive_dense, _optax_dense, _jax_sce_dense),
+}
 
 # -- hidden [N, D], kernel [D, V], labels [N] ----------------------------------------------------------
 

@@ -1,15 +1,17 @@
 """Pictures of the rows, by `matplotlib`: time and temporary memory of the loss with its gradients.
 
-Both axes are logarithmic, so that a cost in proportion to the size is a straight line of slope one.
-What lies below the floor is shaded. What is zero, which has no logarithm, is left out.
+Of what was measured, both axes are logarithmic, so that a cost in proportion to the size is a straight
+line of slope one. What lies below the floor is shaded. What is zero, which has no logarithm, is left
+out. Of what was compiled: the passes over the logits, and a head's bound against its memory.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._compare import FLOOR, Row
+from ._row import FLOOR, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,10 +22,13 @@ _STYLES = {
     "jax_sce": ("#0072b2", "o"),
     "naive": ("#d55e00", "s"),
     "optax": ("#009e73", "D"),
+    "optax float32": ("#f0e442", "d"),
     "tokamax xla": ("#e69f00", "P"),
     "tokamax chunked_xla": ("#56b4e9", "X"),
     "jax-cce": ("#000000", "v"),
     "torch": ("#cc79a7", "^"),
+    "Liger-Kernel": ("#332288", ">"),
+    "cut-cross-entropy": ("#882255", "<"),
 }
 _OTHERS = ("0.5", "*")
 _BELOW = "below the floor"
@@ -35,16 +40,31 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """A picture of each subject but small; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for subject in ("logits", "distributions", "linear", "scaling"):
+    for subject in ("logits", "softcap", "distributions", "linear", "scaling"):
         own = [
             row
             for row in rows
             if (row.subject, row.pass_name, row.status) == (subject, "value_and_grad", "ok")
+            and row.machine is None
         ]
         if own:
             figure = _growth(own) if subject == "scaling" else _comparison(own)
             paths.append(folder / f"{subject}.png")
             figure.savefig(paths[-1])
+    compiled = [
+        row
+        for row in rows
+        if row.cost is not None
+        and row.pass_name == "value_and_grad"
+        and row.dtype == rows[-1].dtype
+    ]
+    for name, picture, own in (
+        ("passes", _passes, [row for row in compiled if row.subject != "linear"]),
+        ("head", _head, [row for row in compiled if row.subject == "linear"]),
+    ):
+        if own:
+            paths.append(folder / f"compiled_{name}.png")
+            picture(_largest(own)).savefig(paths[-1])
     return paths
 
 
@@ -83,6 +103,73 @@ def _growth(rows: Sequence[Row]) -> "Figure":
     axes[1, 0].set_ylabel("temporary memory (MiB)")
     features = rows[0].shape[1]
     return _finished(figure, axes, f"linear head of {features} features: loss and gradients")
+
+
+def _largest(rows: Sequence[Row]) -> list[Row]:
+    """Those of the largest shape of their subject."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        sizes[row.subject] = max(sizes.get(row.subject, 0), math.prod(row.shape))
+    return [row for row in rows if math.prod(row.shape) == sizes[row.subject]]
+
+
+_NAMES = {"logits": "class ids", "softcap": "with a soft-cap"}
+
+
+def _passes(rows: Sequence[Row]) -> "Figure":
+    """Bars of each peer's passes over the logits, by machine and subject, the floor a line."""
+    from matplotlib.figure import Figure
+
+    machines = list(dict.fromkeys(row.machine for row in rows))
+    subjects = list(dict.fromkeys(row.subject for row in rows))
+    peers = [x for x in dict.fromkeys(row.peer for row in rows) if x != FLOOR]
+    figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(machines), sharey=True, squeeze=False)
+    width = 0.8 / len(peers)
+    for each, machine in zip(axes[0], machines, strict=True):
+        for row in (row for row in rows if row.machine == machine):
+            place, passes = subjects.index(row.subject), row.cost.passes if row.cost else None
+            if row.peer == FLOOR:
+                each.hlines(passes, place - 0.45, place + 0.45, color="black", lw=1.5, label=FLOOR)
+            elif passes is not None:
+                left = place - 0.4 + width * peers.index(row.peer)
+                color, _ = _STYLES.get(row.peer, _OTHERS)
+                each.bar(left, passes, width, align="edge", color=color, label=row.peer)
+        each.set_title(machine)
+        each.set_xticks(range(len(subjects)), [_NAMES.get(x, x) for x in subjects])
+        each.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("passes over the logits")
+    shape = " x ".join(map(str, rows[0].shape))
+    return _with_legend(
+        figure, axes, f"compiled: loss and gradient, {shape}, {rows[0].dtype}", FLOOR
+    )
+
+
+def _head(rows: Sequence[Row]) -> "Figure":
+    """A point of each peer: the bound of its time over that of 6NDV, against its temporary memory."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    machines = list(dict.fromkeys(row.machine for row in rows))
+    figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(machines), sharey=True, sharex=True, squeeze=False)
+    floor = "the three products alone"
+    for each, machine in zip(axes[0], machines, strict=True):
+        each.axhline(1, color="black", lw=1.5, label=floor)
+        for row in (row for row in rows if row.machine == machine):
+            if row.peer != FLOOR and row.floor_fraction is not None and row.temporary_bytes:
+                color, marker = _STYLES.get(row.peer, _OTHERS)
+                x, y = row.temporary_bytes / 2**30, 1 / row.floor_fraction
+                each.plot(x, y, marker, color=color, ms=9, label=row.peer)
+        each.set(title=machine, xlabel="temporary memory (GiB)", xscale="log")
+        each.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        each.xaxis.set_major_formatter("{x:,g}")
+        each.xaxis.set_minor_locator(NullLocator())
+        each.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("bound of the time / that of 6NDV")
+    shape = " x ".join(map(str, rows[0].shape))
+    title = f"compiled: head with its gradients, {shape}, {rows[0].dtype}"
+    return _with_legend(figure, axes, title, floor)
 
 
 def _examples(row: Row) -> int:
@@ -153,15 +240,21 @@ def _short(size: int) -> str:
 
 
 def _finished(figure: "Figure", axes: Any, title: str) -> "Figure":
-    """With the ticks of each row, the title, and one legend below, the floor the last in it."""
+    """With the ticks of each row."""
     from matplotlib.ticker import LogLocator
 
-    handles: dict[str, Any] = {}
     for each in axes.flat:
         low, high = each.get_ylim()
         each.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    return _with_legend(figure, axes, title, _BELOW)
+
+
+def _with_legend(figure: "Figure", axes: Any, title: str, last: str) -> "Figure":
+    """With the title, and one legend below."""
+    handles: dict[str, Any] = {}
+    for each in axes.flat:
         handles |= dict(zip(*reversed(each.get_legend_handles_labels()), strict=True))
-    labels = sorted(handles, key=lambda label: label == _BELOW)
+    labels = sorted(handles, key=lambda label: label == last)
     figure.suptitle(title)
     figure.legend([handles[x] for x in labels], labels, loc="outside lower center", ncols=4)
     return figure

@@ -48,20 +48,24 @@ class Program:
 
 def jax_program(loss: Loss, case: Case, pass_name: str) -> Program:
     """Of a JAX loss."""
-    arguments = case.arguments()
+    arguments, function = case.arguments(), pass_of(loss, case, pass_name)
+    if pass_name == "eager_forward":
+        return Program(lambda arrays: lambda: _done(function(*arrays)), total_bytes(arguments))
+    return _compiled(function, arguments, donates=pass_name == "donated_gradient")
+
+
+def pass_of(loss: Loss, case: Case, pass_name: str) -> Callable[..., Output]:
+    """What a pass computes of the case's arguments."""
 
     def mean(*arguments: Array) -> Array:
         return jnp.mean(loss(*arguments))
 
-    if pass_name == "eager_forward":
-        return Program(lambda arrays: lambda: _done((mean(*arrays), ())), total_bytes(arguments))
-    argnums = tuple(range(len(arguments) - 1))
-    function: Callable[..., Any] = {
-        "forward": lambda *args: (mean(*args), ()),
-        "value_and_grad": jax.value_and_grad(mean, argnums),
-        "donated_gradient": lambda *args: (None, jax.grad(mean, argnums)(*args)),
-    }[pass_name]
-    return _compiled(function, arguments, donates=pass_name == "donated_gradient")
+    argnums = tuple(range(len(case.arguments()) - 1))
+    if "grad" not in pass_name:
+        return lambda *args: (mean(*args), ())
+    if pass_name == "value_and_grad":
+        return jax.value_and_grad(mean, argnums)
+    return lambda *args: (None, jax.grad(mean, argnums)(*args))
 
 
 def floor_program(case: Case, pass_name: str) -> Program:

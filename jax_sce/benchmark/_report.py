@@ -8,20 +8,25 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import jax_sce
 
 from .. import native
-from ._compare import Row
 from ._machine import hardware
 from ._measure import Quartiles
+from ._row import Row
 from ._scaling import Fit
 
 SCHEMA = Path(__file__).with_name("schema.json")
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "tokamax", "jax-cce", "torch")
+_PACKAGES = (
+    "jax", "jaxlib", "numpy", "optax", "tokamax", "jax-cce", "torch", "liger-kernel",
+    "cut-cross-entropy",
+    "jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +39,30 @@ class Report:
     wall_seconds: float  # that the run took
 
     def to_json(self) -> str:
+        """A line for each row; what is not known is left out."""
         document = {
-            "schema": 1,
+            "schema": 2,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "hardware": hardware(),
-            **dataclasses.asdict(self),
+            **_shortened(dataclasses.asdict(self)),
         }
-        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+        rows = ",\n ".join(_line(row) for row in document.pop("rows"))
+        heading = ",\n".join(f"{_line(key)}: {_line(x)}" for key, x in document.items())
+        return f'{{{heading},\n"rows": [\n {rows}\n]}}\n'
+
+
+def _line(x: Any) -> str:
+    return json.dumps(x, allow_nan=False)
+
+
+def _shortened(x: Any) -> Any:
+    """Without what is None or empty, and with six digits of each number."""
+    if isinstance(x, Mapping):
+        return {key: _shortened(y) for key, y in x.items() if y is not None and y != ""}
+    if isinstance(x, list | tuple):
+        return [_shortened(y) for y in x]
+    return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 def versions() -> dict[str, str]:
@@ -58,12 +79,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def geometric_means(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """By subject and dtype, that of jax_sce's ratios to the baseline."""
-    ratios: dict[tuple[str, str], list[float]] = {}
+def geometric_means(rows: Sequence[Row]) -> dict[tuple[str | None, str, str], float]:
+    """By machine, subject and dtype, that of jax_sce's ratios to the baseline."""
+    ratios: dict[tuple[str | None, str, str], list[float]] = {}
     for row in rows:
         if row.peer == "jax_sce" and row.ratio is not None:
-            ratios.setdefault((row.subject, row.dtype), []).append(row.ratio)
+            ratios.setdefault((row.machine, row.subject, row.dtype), []).append(row.ratio)
     return {key: math.exp(sum(map(math.log, r)) / len(r)) for key, r in ratios.items()}
 
 

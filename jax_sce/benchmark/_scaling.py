@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ._compare import FLOOR, Progress, Row, compare
+from ._compare import compare
 from ._machine import total_bytes
+from ._row import FLOOR, Progress, Row
 
 PEERS = ("naive", "jax_sce")
 

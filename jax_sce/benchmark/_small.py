@@ -15,9 +15,10 @@ import sys
 import jax
 
 from ._cases import Case
-from ._compare import FLOOR, Progress, Row, compare
+from ._compare import compare
 from ._measure import Quartiles
 from ._peers import choose
+from ._row import FLOOR, Progress, Row
 
 SHAPES = [(8, 10), (128, 1000)]
 PEERS = ["optax", "jax_sce"]
@@ -47,7 +48,7 @@ def small(rounds: int, progress: Progress | None = None) -> list[Row]:
 def _recompiled(row: Row, rounds: int) -> Row:
     if row.compile_seconds is None or row.peer == FLOOR:
         return row
-    (peer,) = choose("logits", [row.peer], {})
+    (peer,) = choose("logits", jax.default_backend(), [row.peer], {})
     seconds = []
     for _ in range(rounds):
         jax.clear_caches()

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ._cases import shape_text
-from ._compare import Row
 from ._machine import hardware
 from ._peers import BASELINE
 from ._report import Report, geometric_means, versions
+from ._row import Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,16 +22,16 @@ def print_report(console: "Console", report: Report) -> None:
     machine = hardware()
     console.print(f"{machine['device']}: {machine['processor']}, {machine['cores']} cores")
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str | None, ...], list[Row]] = {}
     for row in report.rows:
-        groups.setdefault((row.subject, row.dtype, row.pass_name), []).append(row)
+        groups.setdefault((row.machine, row.subject, row.dtype, row.pass_name), []).append(row)
     for rows in groups.values():
         console.print()
         console.print(_table(rows))
         for row in rows:
             if row.detail:
                 text = f"{shape_text(row.shape)}, {row.peer}: {row.status}, {row.detail}"
-                console.print(escape(text), style=_STYLES[row.status])
+                console.print(escape(text), style=_STYLES.get(row.status))
     console.print()
     for line in _closing_lines(report):
         console.print(line)
@@ -44,22 +44,16 @@ def _table(rows: Sequence[Row]) -> "Table":
 
     first = rows[0]
     title = f"{first.subject}, {first.dtype}, {first.pass_name}"
+    if first.machine is not None:
+        mesh = f" {first.mesh[0]}x{first.mesh[1]}, each device" if first.mesh else ""
+        title = f"compiled for {first.machine}{mesh}: {title}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     sizes = "NxV" if len(first.shape) == 2 else "NxDxV"
     table.add_column(sizes, no_wrap=True)
     table.add_column("peer", no_wrap=True)
-    columns: dict[str, Callable[[Row], str]] = {
-        "ms": lambda r: _ms(r.seconds.median) if r.seconds else r.status,
-        "quartiles": lambda r: f"{_ms(r.seconds.low)}-{_ms(r.seconds.high)}" if r.seconds else "",
-        f"/ {BASELINE[first.subject]}": lambda r: _text("{:.2f}", r.ratio),
-        "floor": lambda r: _text("{:.0%}", r.floor_fraction),
-        "compile s": lambda r: _text("{:.2f}", r.compile_seconds),
-        "temp. MiB": lambda r: _text("{:,.1f}", r.temporary_bytes, 2**20),
-        "peak MiB": lambda r: _text("{:,.1f}", r.peak_bytes, 2**20),
-        "error": lambda r: _text("{:.0e}", max(r.value_error or 0, r.gradient_error or 0) or None),
-    }
+    columns = _measured(first) if first.machine is None else _compiled(first)
     if all(row.peak_bytes is None for row in rows):
-        del columns["peak MiB"]
+        columns.pop("peak MiB", None)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
@@ -72,6 +66,46 @@ def _table(rows: Sequence[Row]) -> "Table":
     return table
 
 
+Columns = dict[str, Callable[[Row], str]]
+
+
+def _measured(first: Row) -> Columns:
+    return {
+        "ms": lambda r: _ms(r.seconds.median) if r.seconds else r.status,
+        "quartiles": lambda r: f"{_ms(r.seconds.low)}-{_ms(r.seconds.high)}" if r.seconds else "",
+        f"/ {BASELINE[first.subject]}": lambda r: _text("{:.2f}", r.ratio),
+        "floor": lambda r: _text("{:.0%}", r.floor_fraction),
+        "compile s": lambda r: _text("{:.2f}", r.compile_seconds),
+        "temp. MiB": lambda r: _text("{:,.1f}", r.temporary_bytes, 2**20),
+        "peak MiB": lambda r: _text("{:,.1f}", r.peak_bytes, 2**20),
+        "error": lambda r: _text("{:.0e}", max(r.value_error or 0, r.gradient_error or 0) or None),
+    }
+
+
+def _compiled(first: Row) -> Columns:
+    """A bound is of the time that the machine's memory and matrix units need, not a measurement."""
+
+    def of(form: str, field: str, unit: float = 1) -> Callable[[Row], str]:
+        return lambda r: _text(form, getattr(r.cost, field, None), unit)
+
+    is_head = len(first.shape) == 3
+    columns = {
+        "/ 6NDV" if is_head else "passes": of("{:.2f}", "products" if is_head else "passes"),
+        "GB": of("{:,.1f}", "bytes", 1e9),
+        "temp. MiB": lambda r: _text("{:,.0f}", r.temporary_bytes, 2**20),
+        "kernels": of("{:,.0f}", "kernels"),
+        "sent MB": of("{:,.1f}", "sent", 1e6),
+        "in loops": of("{:,.1f}", "sent_in_loop", 1e6),
+        "bound ms": lambda r: r.status if r.cost is None else _text("{:.2f}", r.time, 1e-3),
+        f"/ {BASELINE[first.subject]}": lambda r: _text("{:.2f}", r.ratio),
+        "floor": lambda r: _text("{:.0%}", r.floor_fraction),
+        "compile s": lambda r: _text("{:.2f}", r.compile_seconds),
+    }
+    if first.mesh is None:
+        del columns["sent MB"], columns["in loops"]
+    return columns
+
+
 def _closing_lines(report: Report) -> list[str]:
     lines = []
     for fit in report.fits:
@@ -80,8 +114,9 @@ def _closing_lines(report: Report) -> list[str]:
     if (seconds := report.import_seconds) is not None:
         quartiles = f"[{_ms(seconds.low)}, {_ms(seconds.high)}]"
         lines.append(f"import jax_sce, after jax: {_ms(seconds.median)} ms {quartiles}")
-    for (subject, dtype), mean in geometric_means(report.rows).items():
-        whose = f"{BASELINE[subject]}'s time, the geometric mean"
+    for (machine, subject, dtype), mean in geometric_means(report.rows).items():
+        time = "time" if machine is None else f"bound on {machine}"
+        whose = f"{BASELINE[subject]}'s {time}, the geometric mean"
         lines.append(f"jax_sce, {subject} {dtype}: {mean:.2f} of {whose}")
     for subject, packages in report.missing.items():
         if packages:
