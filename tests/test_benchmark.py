@@ -282,6 +282,7 @@ def test_bad_arguments_are_named(arguments, message):
         ("logits --for h100", "--for and --mesh are for compiled"),
         ("compiled --for a100", "--for must be among h100, h200, b200, v5e, v5p, v6e, got 'a100'"),
         ("compiled --mesh 8", "--mesh must be like 2x4, got '8'"),
+        ("compiled --for v6e --mesh 1x3", "v6e"),  # it has no such topology, or is not installed
         ("compiled --shapes 8x4x10 --passes donated_gradient", "none of the subjects of compiled"),
     ],
 )

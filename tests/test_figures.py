@@ -13,6 +13,7 @@ from jax_sce.benchmark._report import SCHEMA
 ROOT = Path(__file__).parents[1]
 REPORTS = sorted((ROOT / "examples" / "benchmark").glob("*.json"))
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "examples" / "benchmark" / "README.md").read_text()
 
 
 def rows_of(name):
@@ -120,6 +121,82 @@ def test_where_it_is_not_the_fastest():
             compiling.append((row["compile_seconds"] / theirs, row["compile_seconds"]))
     assert f"compiling takes up to {max(compiling)[0]:.1f} times as long" in README
     assert f"{max(s for _, s in compiling):.1f} s at most" in README
+
+
+# -- compiled for machines that are not here -----------------------------------------------------------
+
+MACHINES = ("h100", "v5p", "v6e")
+
+
+def passes_lines(rows):
+    """Passes over the logits with the gradient, on each machine."""
+    for peer in ("jax_sce", "optax", "optax float32", "naive"):
+        cells = []
+        for subject in ("logits", "softcap", "distributions"):
+            own = {"subject": subject, "shape": [8192, 128256], "pass_name": "value_and_grad"}
+            found = [find(rows, **own, peer=peer, machine=m)["cost"]["passes"] for m in MACHINES]
+            cells.append(" / ".join(f"{x:.1f}" for x in found))
+        yield f"| {peer} | {' | '.join(cells)} |"
+
+
+def compiled_head_lines(rows, shape=(32768, 4096, 128256), machines=MACHINES):
+    """The bound over that of the three products, and the temporary memory."""
+    own = {"subject": "linear", "shape": [*shape], "pass_name": "value_and_grad"}
+    for peer in ("jax_sce", "naive", "tokamax xla", "tokamax chunked_xla", "jax-cce"):
+        cells = []
+        for machine in machines:
+            row = find(rows, **own, peer=peer, machine=machine)
+            cells += [f"{1 / row['floor_fraction']:.2f}", f"{row['temporary_bytes'] / 2**30:.1f}"]
+        yield f"| {peer} | {' | '.join(cells)} |"
+
+
+def mesh_lines(rows):
+    """On 2 x 4 devices: the same, with the megabytes that each sends, and in loops."""
+    own = {"subject": "linear", "shape": [32768, 4096, 128256], "pass_name": "value_and_grad"}
+    for peer in ("jax_sce", "naive", "tokamax xla", "tokamax chunked_xla", "jax-cce"):
+        cells = []
+        for machine in ("h100", "v5p"):
+            row = find(rows, **own, peer=peer, machine=machine)
+            sent = [f"{row['cost'][x] / 1e6:,.1f}" for x in ("sent", "sent_in_loop")]
+            cells += [f"{1 / row['floor_fraction']:.2f}", f"{row['temporary_bytes'] / 2**30:.1f}"]
+            cells += sent
+        yield f"| {peer} | {' | '.join(cells)} |"
+
+
+def beside_lines():
+    """What an H100 took over the bound from the program, of jax_sce, optax and naive."""
+    measured = rows_of("h100.json") + rows_of("h100_heads.json")
+    compiled = rows_of("compiled_h100.json")
+    for subject, shape in (
+        ("logits", [8192, 32000]), ("logits", [8192, 128256]), ("distributions", [8192, 128256]),
+        ("linear", [8192, 2304, 256000]), ("linear", [4096, 4096, 128256]),
+        ("linear", [32768, 2560, 128256]), ("linear", [32768, 4096, 128256]),
+    ):  # fmt: skip
+        for pass_name in ("forward", "value_and_grad"):
+            own = {"subject": subject, "shape": shape, "dtype": "bfloat16", "pass_name": pass_name}
+            cells = []
+            for peer in ("jax_sce", "naive" if subject == "linear" else "optax"):
+                there = [r for r in measured if all(r[k] == x for k, x in own.items())]
+                there = [r for r in there if r["peer"] == peer and r["seconds"] is not None]
+                if not there:
+                    cells += ["", "", ""]
+                    continue
+                bound = find(compiled, **own, peer=peer)["cost"]["seconds"]
+                took = there[0]["seconds"]["median"]
+                cells += [f"{1e3 * bound:.2f}", f"{1e3 * took:.2f}", f"{took / bound:.2f}"]
+            if any(cells):
+                size = " x ".join(map(str, shape))
+                name = "class ids" if subject == "logits" else subject
+                yield f"| {name} {size}, {pass_name} | {' | '.join(cells)} |"
+
+
+def test_the_tables_of_what_was_compiled():
+    rows = rows_of("compiled.json")
+    for line in [*passes_lines(rows), *compiled_head_lines(rows)]:
+        assert line in README
+    smaller = compiled_head_lines(rows, (8192, 2304, 256000))
+    for line in [*smaller, *mesh_lines(rows_of("compiled_mesh.json")), *beside_lines()]:
+        assert line in PAGE
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)

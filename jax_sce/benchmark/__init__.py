@@ -24,8 +24,23 @@ How it is measured:
   aside for a pass beside its arguments and results. On CPU, under Linux, the peak of resident memory
   over that of the arguments is measured too, in a fresh process for each peer.
 
+`compiled` measures nothing. It compiles each pass for machines that are not here, and reads from the
+program what it moves through memory, multiplies, holds and sends, by the rules of `jax_sce/_hlo.py`:
+
+- The bound is the time that the machine's memory and matrix units need for that at the rates of its data
+  sheet, one kernel after the other. What it leaves out makes a real machine slower: launches, elementwise
+  arithmetic, and rates that are not reached.
+- Answers are not checked: nothing runs. What does not compile is shown with the reason.
+- The floors are arithmetic: each logit is read once, and for the gradient once more and written; a head
+  multiplies 2NDV, and 6NDV with its gradients.
+- With a mesh all is of one device. The arguments and gradients lie as training loops have them: examples
+  split over the first axis, classes over the second, each loss under plain `jit`.
+- On NVIDIA GPUs the products are those of cuBLAS, not tuned, and jax_sce's statistics its plain
+  reduction; on a real GPU a Pallas kernel, of one pass over the logits too, takes its place.
+
 `compare` alone needs JAX and NumPy, and of the peers those that are installed; the command draws and
-tabulates with the packages of `pip install "jax_sce[benchmark]"`.
+tabulates with the packages of `pip install "jax_sce[benchmark]"`, and `compiled` compiles with those of
+`pip install "jax_sce[compiled]"`.
 """
 
 from ._compare import compare as compare

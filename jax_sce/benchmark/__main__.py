@@ -1,6 +1,7 @@
 """The command: `python -m jax_sce.benchmark --help`."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -118,6 +119,9 @@ def set_environment() -> None:
     silence_tokamax()  # lest it speak in the midst of the progress display
     if "compiled" in sys.argv:
         prepare()
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = (
+            "2"  # XLA warns of stack frames, a line for each operation
+        )
 
 
 # -- the command line --------------------------------------------------------------------------------
@@ -176,6 +180,11 @@ def interpret(args: argparse.Namespace) -> None:
     args.machines = words(args.machines) or list(MACHINES)
     check_known("--for", args.machines, ACCELERATORS)
     args.mesh = parse_mesh(args.mesh) if args.mesh else None
+    try:
+        for machine in args.machines if is_compiled else ():
+            ACCELERATORS[machine].devices(math.prod(args.mesh or (1,)))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     platforms = [jax.default_backend(), *map(platform_of, args.machines if is_compiled else ())]
     names = dict.fromkeys(p.name for s in COMPARED for on in platforms for p in all_peers(s, on))
     args.peers = words(args.peers)

@@ -113,12 +113,13 @@ def _largest(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if math.prod(row.shape) == sizes[row.subject]]
 
 
-_NAMES = {"logits": "class ids", "softcap": "with a soft-cap"}
+_NAMES = {"logits": "class ids", "softcap": "soft-cap"}
 
 
 def _passes(rows: Sequence[Row]) -> "Figure":
     """Bars of each peer's passes over the logits, by machine and subject, the floor a line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     machines = list(dict.fromkeys(row.machine for row in rows))
     subjects = list(dict.fromkeys(row.subject for row in rows))
@@ -136,7 +137,9 @@ def _passes(rows: Sequence[Row]) -> "Figure":
                 color, _ = _STYLES.get(row.peer, _OTHERS)
                 each.bar(left, passes, width, align="edge", color=color, label=row.peer)
         each.set_title(machine)
-        each.set_xticks(range(len(subjects)), [_NAMES.get(x, x) for x in subjects])
+        names = [_NAMES.get(x, x) for x in subjects]
+        each.set_xticks(range(len(subjects)), names, fontsize="small")
+        each.yaxis.set_major_locator(MaxNLocator(integer=True))
         each.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("passes over the logits")
     shape = " x ".join(map(str, rows[0].shape))

@@ -47,7 +47,9 @@ def _table(rows: Sequence[Row]) -> "Table":
     if first.machine is not None:
         mesh = f" {first.mesh[0]}x{first.mesh[1]}, each device" if first.mesh else ""
         title = f"compiled for {first.machine}{mesh}: {title}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
     sizes = "NxV" if len(first.shape) == 2 else "NxDxV"
     table.add_column(sizes, no_wrap=True)
     table.add_column("peer", no_wrap=True)
@@ -85,24 +87,27 @@ def _measured(first: Row) -> Columns:
 def _compiled(first: Row) -> Columns:
     """A bound is of the time that the machine's memory and matrix units need, not a measurement."""
 
-    def of(form: str, field: str, unit: float = 1) -> Callable[[Row], str]:
-        return lambda r: _text(form, getattr(r.cost, field, None), unit)
+    def of(field: str, unit: float = 1) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            number = getattr(row.cost, field, None)
+            return "" if number is None else _three_digits(number / unit)
+
+        return cell
 
     is_head = len(first.shape) == 3
     columns = {
-        "/ 6NDV" if is_head else "passes": of("{:.2f}", "products" if is_head else "passes"),
-        "GB": of("{:,.1f}", "bytes", 1e9),
+        "/ 6NDV" if is_head else "passes": of("products" if is_head else "passes"),
+        "GB": of("bytes", 1e9),
         "temp. MiB": lambda r: _text("{:,.0f}", r.temporary_bytes, 2**20),
-        "kernels": of("{:,.0f}", "kernels"),
-        "sent MB": of("{:,.1f}", "sent", 1e6),
-        "in loops": of("{:,.1f}", "sent_in_loop", 1e6),
-        "bound ms": lambda r: r.status if r.cost is None else _text("{:.2f}", r.time, 1e-3),
+        "kernels": lambda r: _text("{:,}", r.cost and r.cost.kernels),
+        "sent GB": of("sent", 1e9),
+        "in loops": of("sent_in_loop", 1e9),
+        "bound ms": lambda r: r.status if r.cost is None else of("seconds", 1e-3)(r),
         f"/ {BASELINE[first.subject]}": lambda r: _text("{:.2f}", r.ratio),
         "floor": lambda r: _text("{:.0%}", r.floor_fraction),
-        "compile s": lambda r: _text("{:.2f}", r.compile_seconds),
     }
     if first.mesh is None:
-        del columns["sent MB"], columns["in loops"]
+        del columns["sent GB"], columns["in loops"]
     return columns
 
 
@@ -125,10 +130,13 @@ def _closing_lines(report: Report) -> list[str]:
 
 
 def _ms(seconds: float) -> str:
-    """Three digits, or all of those before the point."""
-    milliseconds = 1e3 * seconds
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+    return _three_digits(1e3 * seconds)
+
+
+def _three_digits(number: float) -> str:
+    """Or all of those before the point."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def _text(form: str, number: float | None, unit: float = 1) -> str:
-    return "" if number is None else form.format(number / unit)
+    return "" if number is None else form.format(number / unit if unit != 1 else number)
