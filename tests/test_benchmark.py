@@ -494,9 +494,9 @@ def test_bad_arguments_of_what_is_compiled_are_named(arguments, message):
 
 @pytest.mark.parametrize(("machine", "package"), [("h100", "jax-cuda13-plugin"), ("v5p", "libtpu")])
 def test_what_is_not_installed_is_said_with_the_command(machine, package, monkeypatch):
-    monkeypatch.setattr(_accelerators, "is_installed", lambda _: False)
+    monkeypatch.setattr(_accelerators, "_has_package", lambda _: False)
     with pytest.raises(
-        RuntimeError, match=f'{machine} needs {package}: pip install -e ".\\[compiled'
+        ModuleNotFoundError, match=f'{machine} needs {package}: pip install -e ".\\[compiled'
     ):
         compare("logits", machines=[machine])
 

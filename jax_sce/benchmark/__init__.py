@@ -28,8 +28,8 @@ How it is measured:
 program what it moves through memory, multiplies, holds and sends, by the rules of `jax_sce/_hlo.py`:
 
 - The bound is the time that the machine's memory and matrix units need for that at the rates of its data
-  sheet, one kernel after the other. What it leaves out makes a real machine slower: launches, elementwise
-  arithmetic, and rates that are not reached.
+  sheet, one kernel after the other. A real machine is slower by what this leaves out: launches,
+  elementwise arithmetic, and rates that are not reached.
 - Answers are not checked: nothing runs. What does not compile is shown with the reason.
 - The floors are arithmetic: each logit is read once, and for the gradient once more and written; a head
   multiplies 2NDV, and 6NDV with its gradients.

@@ -180,11 +180,6 @@ def interpret(args: argparse.Namespace) -> None:
     args.machines = words(args.machines) or list(MACHINES)
     check_known("--for", args.machines, ACCELERATORS)
     args.mesh = parse_mesh(args.mesh) if args.mesh else None
-    try:
-        for machine in args.machines if is_compiled else ():
-            ACCELERATORS[machine].devices(math.prod(args.mesh or (1,)))
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
     platforms = [jax.default_backend(), *map(platform_of, args.machines if is_compiled else ())]
     names = dict.fromkeys(p.name for s in COMPARED for on in platforms for p in all_peers(s, on))
     args.peers = words(args.peers)
@@ -196,6 +191,11 @@ def interpret(args: argparse.Namespace) -> None:
     here = jax.default_backend()
     args.options = {s: compare_options(args, s, [here]) for s in COMPARED if s in args.subjects}
     args.compiled = compiled_options(args) if is_compiled else {}
+    try:
+        for machine in args.machines if is_compiled else ():
+            ACCELERATORS[machine].devices(math.prod(args.mesh or (1,)))
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from None
     if (
         not args.options
         and not args.compiled

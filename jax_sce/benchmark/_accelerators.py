@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._command import is_installed
 from .._hlo import Kernel
 
 INSTALL = 'pip install -e ".[compiled]"'
@@ -40,7 +39,8 @@ class Accelerator:
         """So many of them, to compile for.
 
         Raises:
-          RuntimeError: What is needed is not installed, or JAX has started without it.
+          ModuleNotFoundError: What is needed is not installed.
+          RuntimeError: JAX has started without it.
           ValueError: There is no machine of so many.
         """
         from jax.experimental import topologies
@@ -60,22 +60,21 @@ class Accelerator:
                 f"a mesh of {self.name} must have 1, 4, 8, 16 ... devices, got {count}"
             )
         sides = [1] * (3 if self.name == "v5p" else 2)
-        for _ in range(count.bit_length() - 1):
+        for _ in range(max(count, 4).bit_length() - 1):  # a host has four
             sides[sides.index(min(sides))] *= 2
-        shape = "x".join(map(str, sides))
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{self.name}:{shape}"
-        ).devices
+        name = f"{self.name}:{'x'.join(map(str, sides))}"
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[:count]
 
     def _check_installed(self) -> None:
-        absent = "libtpu" if self.platform == "tpu" and not is_installed("libtpu") else ""
-        if self.platform == "gpu":
-            if not any(is_installed(f"jax_plugins.xla_cuda{x}") for x in (12, 13)):
-                absent = "jax-cuda13-plugin"
-            elif not (_has_package("nvidia-cuda-nvcc") or shutil.which("ptxas")):
-                absent = "nvidia-cuda-nvcc"
+        absent = ""
+        if self.platform == "tpu":
+            absent = "" if _has_package("libtpu") else "libtpu"
+        elif not (_has_package("jax-cuda13-plugin") or _has_package("jax-cuda12-plugin")):
+            absent = "jax-cuda13-plugin"
+        elif not (_has_package("nvidia-cuda-nvcc") or shutil.which("ptxas")):
+            absent = "nvidia-cuda-nvcc"
         if absent:
-            raise RuntimeError(f"{self.name} needs {absent}: {INSTALL}")
+            raise ModuleNotFoundError(f"{self.name} needs {absent}: {INSTALL}")
 
     @property
     def compiler_options(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def compare(
 
     Raises:
       ValueError: An argument is none of those above; the message names it.
-      RuntimeError: What is needed to compile for a machine is not installed; the message names it.
+      ModuleNotFoundError: What compiles for a machine is not installed; the message gives the command.
 
     Example:
       >>> import optax
