@@ -193,8 +193,16 @@ class _Module:
                 lines[name].append(_instruction(found))
         self.computations = {name: _Computation(x) for name, x in lines.items()}
 
+    def called_name(self, i: _Instruction) -> str:
+        """The computation that it runs, or applies to pairs of elements."""
+        for key in ("calls", "to_apply"):
+            if name := i.attribute(key):
+                return name
+        found = re.search(r"called_computations=\{%?([\w.\-]+)", i.attributes)
+        return found[1] if found else ""
+
     def called(self, i: _Instruction) -> _Computation | None:
-        return self.computations.get(i.attribute("calls") or i.attribute("to_apply") or "")
+        return self.computations.get(self.called_name(i))
 
 
 def _instruction(found: re.Match[str]) -> _Instruction:
@@ -242,9 +250,8 @@ def _visit(
             if not every_branch:
                 branches = [max(branches, key=lambda b: sum(k.times * k.bytes for k in b))]
             yield from itertools.chain(*branches)
-        elif opcode in ("call", "async") and i.opcode != "call-update":
-            called = i.attribute("to_apply") or i.attribute("calls") or ""
-            yield from _visit(module, called, times, in_loop, every_branch)
+        elif opcode in ("call", "async") or i.opcode == "custom-call-start":
+            yield from _visit(module, module.called_name(i), times, in_loop, every_branch)
         else:
             yield dataclasses.replace(_kernel(module, computation, i, in_loop), times=times)
 
