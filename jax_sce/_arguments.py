@@ -40,6 +40,7 @@ class Options:
     forward_mode: bool = field(default=False, metadata=STATIC)
     return_aux: bool = field(default=False, metadata=STATIC)
     chunk_size: int | None = field(default=None, metadata=STATIC)
+    precision: Any = field(default=None, metadata=STATIC)  # of the head's products
 
     def arrays(self) -> dict[str, Array]:
         """Those that are used, by name."""
@@ -69,6 +70,7 @@ def options(
     label_smoothing: ArrayLike, class_weights: ArrayLike | None, weights: ArrayLike | None,
     z_loss: ArrayLike, softcap: ArrayLike | None, reduction: str, axis_name: AxisName,
     forward_mode: bool, return_aux: bool = False, chunk_size: int | None = None,
+    precision: Any = None,
 ) -> Options:  # fmt: skip
     """The options of a loss of examples [N...] with logits of that dtype, by their public names."""
     dtype = compute_dtype(dtype)
@@ -81,7 +83,7 @@ def options(
         return None if x is None else array(name, x, "real", expected).astype(dtype)
 
     return Options(
-        weights=numbers("weights", weights, batch),
+        weights=None if weights is None else of_examples("weights", weights, batch).astype(dtype),
         label_smoothing=number("label_smoothing", label_smoothing, "[0, 1]"),
         class_weights=numbers("class_weights", class_weights, (num_classes,)),
         z_loss=number("z_loss", z_loss),
@@ -92,6 +94,7 @@ def options(
         forward_mode=flag("forward_mode", forward_mode),
         return_aux=flag("return_aux", return_aux),
         chunk_size=positive_or_none("chunk_size", chunk_size),
+        precision=product_precision(precision),
     )
 
 
@@ -209,6 +212,19 @@ def shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
 
 
+def of_examples(name: str, x: ArrayLike, batch: tuple[int, ...]) -> Array:
+    """A number for each example, [N...]; a scalar, or axes of size 1, serve several."""
+    numbers = array(name, x, "real")
+    if numbers.shape == batch:
+        return numbers
+    if numbers.ndim and not (numbers.ndim == len(batch) and _broadcasts(numbers.shape, batch)):
+        raise ValueError(
+            f"{name} must be a scalar or have shape {batch}, or 1 in place of some of these sizes, "
+            f"got {numbers.shape}"
+        )
+    return jnp.broadcast_to(numbers, batch)
+
+
 def scalar(name: str, x: ArrayLike, interval: str | None = None) -> Array:
     """`x` as a real scalar. If its value is known when tracing, it must lie in the interval, such as
     "(0, inf)"."""
@@ -263,6 +279,35 @@ def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
     if kernel.shape[1] == 0:
         raise ValueError(f"kernel must have at least one class, got shape {kernel.shape}")
     return hidden.shape[:-1], kernel.shape[1]
+
+
+def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
+    """That of the head's products: `dtype`, or the wider of the operands'."""
+    if dtype is None:
+        return jnp.promote_types(hidden.dtype, kernel.dtype)
+    try:
+        is_array = isinstance(dtype, jax.Array | np.ndarray | np.generic)
+        given = None if is_array else jnp.dtype(dtype)
+    except TypeError:
+        given = None
+    if given is None:
+        raise TypeError(f"dtype must be a floating dtype or None, got {dtype!r}")
+    if given.name not in FLOATS:
+        raise TypeError(f"dtype must be among {', '.join(FLOATS)}, got {given}")
+    return jnp.dtype(jax.dtypes.canonicalize_dtype(given))
+
+
+def product_precision(x: Any) -> Any:
+    """As `jax.numpy.dot` takes it, which says what is wrong with another."""
+    if x is not None:
+        one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        try:
+            hash(x)
+            jax.eval_shape(lambda a: jnp.dot(a, a, precision=x), one)
+        except Exception as error:
+            expected = "precision must be one that jax.numpy.dot takes"
+            raise TypeError(f"{expected}, got {x!r}: {error}") from error
+    return x
 
 
 def one_of(name: str, x: Any, options: tuple[str, ...]) -> str:

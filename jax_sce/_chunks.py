@@ -7,7 +7,7 @@ travels. In the loop of one device there is one shard."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,20 +90,21 @@ def put(x: Array, ids: Array, rows: Array) -> Array:
     return jax.vmap(lambda x, ids, rows: x.at[ids].set(rows, mode="drop"))(x, ids, rows)
 
 
-def dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array, precision: Any = None) -> Array:
     """The matrix product; of 16-bit operands in float32."""
-    return jnp.matmul(a, b, preferred_element_type=compute_dtype(a.dtype))
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=compute_dtype(a.dtype))
 
 
 def products(
-    hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool
-) -> tuple[Array | None, Array | None]:
+    hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool,
+    precision: Any,
+) -> tuple[Array | None, Array | None]:  # fmt: skip
     """Backward: `g kernel^T` in the dtype of `hidden`, if it is wanted, and `of_kernel + hidden^T g`,
     if that is. The cotangent is rounded first, to multiply 16-bit numbers by such."""
     g = g.astype(kernel.dtype)
     return (
-        dot(g, kernel.T).astype(hidden.dtype) if wants_hidden else None,
-        None if of_kernel is None else of_kernel + dot(hidden.T, g),
+        dot(g, kernel.T, precision).astype(hidden.dtype) if wants_hidden else None,
+        None if of_kernel is None else of_kernel + dot(hidden.T, g, precision),
     )
 
 

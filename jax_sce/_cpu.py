@@ -247,14 +247,16 @@ _TILED = 2048
 
 
 def _products(
-    hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool
-) -> tuple[Array | None, Array | None]:
+    hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool,
+    precision: Any,
+) -> tuple[Array | None, Array | None]:  # fmt: skip
     """The backward products of a chunk, in tiles of classes: else the sum would be of two arrays [D,
     V], and a product with a 16-bit kernel transposed would widen all of it. The kernel's is nearly
     twice as fast so."""
     num_classes = kernel.shape[1]
     if num_classes < _TILED:
-        return _chunks.products(hidden, kernel, g, of_kernel, wants_hidden)
+        return _chunks.products(hidden, kernel, g, of_kernel, wants_hidden, precision)
+    dot = partial(jnp.matmul, precision=precision)
     width = math.ceil(num_classes / _TILES)
     is_narrow = kernel.dtype.itemsize == 2
     bits, wide = to_bits(kernel), hidden.astype(g.dtype)
@@ -269,16 +271,16 @@ def _products(
         is_new = start + jnp.arange(width) >= i * width  # the last tile overlaps the one before
         part = jnp.where(is_new, tile(g), 0)
         if of_hidden is not None:
-            of_hidden += part @ from_bits(tile(bits), kernel.dtype).astype(g.dtype).T
+            of_hidden += dot(part, from_bits(tile(bits), kernel.dtype).astype(g.dtype).T)
         if of_kernel is not None:
-            sums = tile(of_kernel) + wide.T @ part
+            sums = tile(of_kernel) + dot(wide.T, part)
             of_kernel = lax.dynamic_update_slice_in_dim(of_kernel, sums, start, axis=1)
         return of_hidden, of_kernel
 
     of_hidden = jnp.zeros_like(wide) if wants_hidden and is_narrow else None
     of_hidden, of_kernel = lax.fori_loop(0, _TILES, step, (of_hidden, of_kernel))
     if wants_hidden and not is_narrow:
-        of_hidden = _chunks.dot(g, kernel.T)
+        of_hidden = _chunks.dot(g, kernel.T, precision)
     return None if of_hidden is None else of_hidden.astype(hidden.dtype), of_kernel
 
 

@@ -49,7 +49,8 @@ def softmax_cross_entropy(
         left out.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out.
+      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
+        several.
       z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
@@ -123,7 +124,8 @@ def softmax_cross_entropy_with_integer_labels(
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
       label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out.
+      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
+        several.
       z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of

@@ -36,7 +36,7 @@ class Inputs:
     the shards of a loop, and `[C, ...]` in a chunk."""
 
     hidden: Array  # [N..., D]
-    kernel: Array  # [D, V]
+    kernel: Array  # [D, V], in the dtype of the products, `hidden.dtype`, or a wider one
     labels: Array  # class ids, [N...], -1 for a bad one; or distributions, [N..., V]
     bias: Array | None  # [V]
     options: Options
@@ -54,7 +54,11 @@ class Inputs:
     @property
     def dtype(self) -> jnp.dtype:
         """Of losses and sums."""
-        return compute_dtype(self.kernel.dtype)
+        return compute_dtype(self.hidden.dtype)
+
+    def narrowed(self) -> "Inputs":
+        """With the kernel in the dtype of the products."""
+        return dataclasses.replace(self, kernel=self.kernel.astype(self.hidden.dtype))
 
     def arrays(self) -> dict[str, Array]:
         """The arguments that there are, by name."""
@@ -114,7 +118,7 @@ def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
 
 
 def _logits(chunk: Inputs) -> Array:
-    logits = _chunks.dot(chunk.hidden, chunk.kernel.astype(chunk.hidden.dtype))
+    logits = _chunks.dot(chunk.hidden, chunk.narrowed().kernel, chunk.options.precision)
     return logits if chunk.bias is None else logits + chunk.bias.astype(logits.dtype)[None]
 
 
@@ -282,8 +286,8 @@ def _add_chunk(
     if "bias" in wanted:
         of_chunk["bias"] = jnp.sum(of_logits, axis=0)
     of_hidden, of_kernel = loop.products(
-        chunk.hidden, chunk.kernel, of_logits, shared.get("kernel"), "hidden" in wanted
-    )
+        chunk.hidden, chunk.kernel, of_logits, shared.get("kernel"), "hidden" in wanted,
+        chunk.options.precision)  # fmt: skip
     if of_hidden is not None:
         counts = chunk.options.counts
         of_chunk["hidden"] = only(None if counts is None else counts[:, None], of_hidden)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _axis, _head, _partition
 from ._axis import AxisName
@@ -34,7 +35,8 @@ def linear_softmax_cross_entropy(
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    chunk_size: int | None = None, return_aux: Literal[False] = False, forward_mode: bool = False,
+    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
+    return_aux: Literal[False] = False, forward_mode: bool = False,
 ) -> Array: ...
 
 
@@ -44,7 +46,8 @@ def linear_softmax_cross_entropy(
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    chunk_size: int | None = None, return_aux: Literal[True], forward_mode: bool = False,
+    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
+    return_aux: Literal[True], forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
 
 
@@ -53,7 +56,8 @@ def linear_softmax_cross_entropy(
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    chunk_size: int | None = None, return_aux: bool = False, forward_mode: bool = False,
+    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
+    return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, which are never held.
 
@@ -73,13 +77,14 @@ def linear_softmax_cross_entropy(
     Args:
       hidden: [N..., D], any floating dtype.
       kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
-        Of two dtypes, the wider is that of the products: a kernel in float32 makes them float32.
+        Of two dtypes, the wider is that of the products, unless `dtype` says otherwise.
       labels: [N...] integers in [0, V), or distributions [N..., V].
       bias: [V].
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
       label_smoothing: e, a scalar in [0, 1].
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out.
+      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
+        several.
       z_loss: A scalar; adds `z_loss * L**2` to each example, L its log-normalizer, not class-weighted.
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
@@ -91,6 +96,11 @@ def linear_softmax_cross_entropy(
         `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
       chunk_size: Examples in a chunk, whose float32 logits are held. None chooses by shapes and
         platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB.
+      dtype: The floating dtype of the matrix products, as Flax's layers have it; None for the wider of
+        `hidden` and `kernel`. bfloat16 with a kernel in float32 is mixed precision: hidden states and
+        kernel are rounded once for the products, and the kernel's gradient is summed and returned in
+        float32.
+      precision: Of the matrix products, as in `jax.numpy.dot`: None, "highest" and so on.
       return_aux: Also return a `CrossEntropyAux`, [N...] each: 0 for examples that do not count, and a
         prediction of -1. The log-normalizer is differentiated exactly; with "mean" and "sum" that takes
         a second pass, if it is used.
@@ -133,7 +143,7 @@ def linear_softmax_cross_entropy(
         hidden, kernel, labels, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
         reduction=reduction, axis_name=axis_name, forward_mode=forward_mode, return_aux=return_aux,
-        chunk_size=chunk_size)
+        chunk_size=chunk_size, dtype=dtype, precision=precision)
     mesh = jax.typeof(checked.hidden).sharding.mesh
     if not mesh.explicit_axes:
         return loss_of(checked)
@@ -148,13 +158,13 @@ def linear_softmax_cross_entropy(
 
 def inputs(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, *, bias: ArrayLike | None,
-    ignore_index: int | None, axis_name: AxisName, **options: Any,
+    ignore_index: int | None, axis_name: AxisName, dtype: Any, **options: Any,
 ) -> Inputs:  # fmt: skip
     """The arguments of `linear_softmax_cross_entropy`, by those names."""
     hidden = _arguments.array("hidden", hidden, "floating")
     kernel = _arguments.array("kernel", kernel, "floating")
     batch, num_classes = _arguments.head(hidden, kernel)
-    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    dtype = _arguments.product_dtype(dtype, hidden, kernel)
     if bias is not None:
         bias = _arguments.array("bias", bias, "floating", (num_classes,))
     has_ids = _arguments.rank_of_labels(labels) == len(batch)
@@ -173,7 +183,9 @@ def inputs(
         checked = checked.where(_arguments.not_ignored(labels, checked.ignore_index))
         count = num_classes * _axis.size(checked.axis_name)
         labels = class_index(labels, count, checked.counts)
-    return Inputs(hidden.astype(dtype), kernel.astype(dtype), labels, bias, checked)
+    # A wider kernel is narrowed by the rule, so that its gradient is not.
+    kernel = kernel if kernel.dtype.itemsize >= dtype.itemsize else kernel.astype(dtype)
+    return Inputs(hidden.astype(dtype), kernel, labels, bias, checked)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -189,7 +201,7 @@ def loss_of(inputs: Inputs) -> Any:
         loss, aux = _partition.by_loop(_head.values_forward, inputs)
     else:
         # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
-        sums = options.reduction != "none" and inputs.kernel.dtype != jnp.float16
+        sums = options.reduction != "none" and inputs.hidden.dtype != jnp.float16
         loss, aux = _rule(sums, inputs)
     if options.reduction != "none":
         like = _head.nothing(inputs, inputs.batch).loss

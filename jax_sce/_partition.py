@@ -93,12 +93,18 @@ def by_loop(function: Callable, *args: Any) -> Any:
 
 
 def _function(what: What) -> Callable:
-    """`function(loop, inputs, *g)`, with cotangents for gradients."""
+    """`function(loop, inputs, *g)`, with cotangents for gradients. A kernel that is wider than the
+    products is narrowed once, before the loop; its gradient is not."""
     if what == "values":
-        return _head.values
+        return lambda loop, inputs: _head.values(loop, inputs.narrowed())
     if what == "kernel":
         return lambda loop, inputs: inputs.kernel
-    return functools.partial(_head.gradients, what)
+    return lambda loop, inputs, g: _head.gradients(what, loop, inputs.narrowed(), g)
+
+
+def _narrowed(what: What, inputs: Inputs) -> Inputs:
+    """Before anything is sent."""
+    return inputs if what == "kernel" else inputs.narrowed()
 
 
 def _results(what: What, inputs: Inputs) -> Any:
@@ -166,11 +172,11 @@ def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, 
     if devices == 1:
         return _backend.flat(functools.partial(function, loop), tree), context
     loop = _chunks.LOOP._replace(devices=devices)
-    run = _with_whole_features(functools.partial(function, loop), devices)
+    run = _with_whole_features(what, functools.partial(function, loop), devices)
     return _backend.flat(run, tree), context
 
 
-def _with_whole_features(function: Callable, devices: int) -> Callable:
+def _with_whole_features(what: What, function: Callable, devices: int) -> Callable:
     """Have the compiler gather features before the loop, and split those of the gradients after it.
     Otherwise it would sum logits over the devices in every chunk, and scatter the kernel's gradient. It
     lays out examples and classes as it likes."""
@@ -187,6 +193,7 @@ def _with_whole_features(function: Callable, devices: int) -> Callable:
         return arrays
 
     def run(inputs: Inputs, *g: Any) -> Any:
+        inputs = _narrowed(what, inputs)
         out = function(inputs.having(whole(inputs.arrays())), *g)
         return out if isinstance(out, Values | Array) else (out[0], whole(out[1]))
 
@@ -237,7 +244,7 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
         into, out_of = laid_out(
             make, layout.examples, (), layout.kernel, layout.gradient, ((), layout.classes),
             layout.classes)  # fmt: skip
-        return mesh, on_each_device(function, layout, whole), out_of, into
+        return mesh, on_each_device(what, function, layout, whole), out_of, into
 
     call = custom_partitioning(
         lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
@@ -339,15 +346,15 @@ def gathered(inputs: Inputs, layout: Layout) -> Inputs:
     return dataclasses.replace(inputs, kernel=kernel)
 
 
-def on_each_device(function: Callable, layout: Layout, whole: Inputs) -> Callable:
-    """`function(inputs, *g)`, a head's values or its gradients, of the arrays that a device has."""
+def on_each_device(what: What, function: Callable, layout: Layout, whole: Inputs) -> Callable:
+    """`function(inputs, *g)`, which computes that of a head, of the arrays that a device has."""
 
     def run(inputs: Inputs, *g: Any) -> Any:
+        arrays, inputs = inputs.arrays(), _narrowed(what, inputs)
         out = function(_without_padding(gathered(inputs, layout), layout, whole), *g)
         if isinstance(out, Values | Array):
             return out
         values, gradients = out
-        arrays = inputs.arrays()
         return values, {k: _total(k, x, arrays[k], layout) for k, x in gradients.items()}
 
     return run

@@ -123,13 +123,30 @@ def test_plain_jit_on_eight_splits_a_head_as_shard_does(kernel, hidden, reductio
     assert sent[0] <= 1.2 * sent[1]
 
 
+def test_a_wide_kernel_is_gathered_narrow_and_its_gradient_summed_wide():
+    mesh, n, d = Mesh(np.reshape(devices(), (2, 4)), ("data", "model")), 4096, 256
+    x = shape((n, d), jnp.bfloat16, mesh, P("data"))
+    w = shape((d, V), jnp.float32, mesh, P("data", None))
+    y = shape((n,), jnp.int32, mesh, P("data"))
+    mean = functools.partial(linear_softmax_cross_entropy, reduction="mean", dtype=jnp.bfloat16)
+    step = jax.jit(
+        jax.grad(mean, 1), out_shardings=w.sharding, compiler_options=H100.compiler_options
+    )
+    found = collectives(step.lower(x, w, y).compile())
+    assert max(c.bytes for c in found if c.kind == "all-gather") == 2 * d * V
+    assert max(c.bytes for c in found if c.kind != "all-gather") == 4 * d * V
+
+
+@pytest.mark.parametrize("kernel", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_a_head_holds_a_chunk_and_multiplies_16_bit_numbers(softcap):
+def test_a_head_holds_a_chunk_and_multiplies_16_bit_numbers(softcap, kernel):
     """Three products a chunk, each of bfloat16 operands; the logits of a chunk, their cotangent and the
-    sum of the kernel's gradient are all that is large."""
+    sum of the kernel's gradient are all that is large, and a float32 kernel rounded once."""
     n, d = 8192, 256
-    args = shape((n, d), jnp.bfloat16), shape((d, V), jnp.bfloat16), shape((n,), jnp.int32)
-    loss = functools.partial(linear_softmax_cross_entropy, softcap=softcap, reduction="mean")
+    args = shape((n, d), jnp.bfloat16), shape((d, V), kernel), shape((n,), jnp.int32)
+    loss = functools.partial(
+        linear_softmax_cross_entropy, softcap=softcap, reduction="mean", dtype=jnp.bfloat16
+    )
     program = compiled(jax.value_and_grad(loss, (0, 1)), *args)
     products = [p for kernel in kernels(program.as_text()) for p in kernel.products]
     assert [p.precision for p in products] == ["bf16"] * 3

@@ -76,7 +76,11 @@ IN_BOTH = {
         ValueError,
         r"weights.*\(4,\).*\(6,\)",
     ),
-    "weights to broadcast": ({"weights": 1.0}, ValueError, r"weights.*\(4,\).*\(\)"),
+    "weights of another rank": (
+        {"weights": np.ones((1, N))},
+        ValueError,
+        r"weights.*\(4,\).*\(1, 4\)",
+    ),
     "complex weights": ({"weights": np.ones(N) * 1j}, TypeError, "weights.*real.*complex"),
     "class_weights of another shape": (
         {"class_weights": np.ones(N)},

@@ -102,6 +102,24 @@ def is_axis(x):
     return len(axes) > 0 and len({operator.index(a) % 2 for a in axes}) == len(axes)
 
 
+def is_dtype(x):
+    try:
+        return x is None or (
+            not isinstance(x, np.ndarray | np.generic | jax.Array)
+            and jnp.dtype(x).name in ("float16", "bfloat16", "float32", "float64")
+        )
+    except TypeError:
+        return False
+
+
+def is_precision(x):
+    try:
+        jnp.dot(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), precision=x)
+    except Exception:
+        return False
+    return True
+
+
 def number(x, low, high):
     return (
         like(x, [()], "fib")
@@ -130,11 +148,13 @@ def is_right(kind, name, x):
         "ignore_index": lambda: x is None or is_int(x),
         "label_smoothing": lambda: number(x, lambda v: v >= 0, lambda v: v <= 1),
         "class_weights": lambda: x is None or like(x, [(V,)], "fib"),
-        "weights": lambda: x is None or like(x, [(N,)], "fib"),
+        "weights": lambda: x is None or like(x, [(), (1,), (N,)], "fib"),
         "z_loss": lambda: like(x, [()], "fib"),
         "softcap": lambda: x is None or number(x, lambda v: v > 0, lambda v: v < math.inf),
         "reduction": lambda: isinstance(x, str) and x in ("none", "sum", "mean"),
         "chunk_size": lambda: x is None or (is_int(x) and x > 0),
+        "dtype": lambda: is_dtype(x),
+        "precision": lambda: is_precision(x),
         "return_aux": lambda: isinstance(x, bool | np.bool_),
         "forward_mode": lambda: isinstance(x, bool | np.bool_),
         "axis_name": lambda: x is None,  # outside shard_map

@@ -358,6 +358,65 @@ def test_gradients_are_scaled_and_added_to_others(x64):
     assert_close(alone, want)
 
 
+# -- the dtype and precision of the products -------------------------------------------------------
+
+MIXED = {"hidden": jnp.bfloat16, "kernel": jnp.float32}
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("n", [24, 23])
+def test_a_wide_kernel_is_rounded_for_the_products_and_its_gradient_is_not(
+    reduction, forward_mode, n
+):
+    """Under strict promotion, which two dtypes would break without `dtype`."""
+    given = arrays(n, 16, 37, np.float32)
+    given = {k: x.astype(MIXED.get(k, x.dtype)) for k, x in given.items()}
+    loss = functools.partial(head, reduction=reduction, chunk_size=8, forward_mode=forward_mode)
+    g = cotangent_for(reduction, n)
+    mixed = quick(functools.partial(derivatives, functools.partial(loss, dtype=jnp.bfloat16)))
+    value, got = mixed(given, g)
+    narrow = given | {"kernel": given["kernel"].astype(jnp.bfloat16)}
+    same, rounded = quick(functools.partial(derivatives, loss))(narrow, g)
+    np.testing.assert_array_equal(value, same)
+    assert {k: x.dtype for k, x in got.items()} == {k: given[k].dtype for k in got}
+    assert np.any(wide(got["kernel"]) != wide(got["kernel"].astype(jnp.bfloat16)))
+    for name, tolerance in (("hidden", 0), ("kernel", 2.0**-8), ("bias", 0)):
+        assert_close(got[name], rounded[name].astype(got[name].dtype), rtol=tolerance)
+
+
+def test_a_narrow_head_is_widened_if_asked_for():
+    given = {k: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+             for k, x in arrays(9, 16, 37, np.float32).items()}  # fmt: skip
+    value, got = derivatives(functools.partial(head, dtype="float32"), given, cotangents(9))
+    wider = {k: x.astype(jnp.float32) for k, x in given.items() if k != "labels"}
+    want, gradients = derivatives(head, given | wider, cotangents(9))
+    np.testing.assert_array_equal(value, want)
+    for name, x in got.items():
+        np.testing.assert_array_equal(x, gradients[name].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGH, "BF16_BF16_F32"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_every_product_has_the_precision(precision, reduction, platform):
+    given = arrays(8, 4, 3000, np.float32)
+
+    def step(hidden, kernel):
+        options = {"reduction": reduction, "precision": precision}
+        return jnp.sum(head(hidden, kernel, given["labels"], **options))
+
+    traced = jax.jit(jax.value_and_grad(step, (0, 1))).trace(given["hidden"], given["kernel"])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    alone = jax.jit(functools.partial(jnp.dot, precision=precision))
+    told = alone.lower(given["hidden"], given["kernel"]).as_text()
+    expected = re.findall(r"(?:precision = \[.*?\]|algorithm = <.*?>)", told)
+    assert expected
+    assert len(products) >= 3
+    assert all(x in line for line in products for x in expected)
+
+
 # -- edge cases ------------------------------------------------------------------------------------
 
 ODD, HEALTHY = np.array([1, 2, 4, 5]), np.array([0, 3, 6])
@@ -1145,7 +1204,10 @@ ERRORS = {
         "chunk_size must be an integer or None, got 1.5",
     ),
     "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction.*none.*sum.*mean.*avg"),
-    "weights to broadcast": ({"weights": 1.0}, ValueError, r"weights.*\(4,\).*\(\)"),
+    "weights of a class each": ({"weights": np.ones(5)}, ValueError, r"weights.*\(4,\).*\(5,\)"),
+    "a dtype of integers": ({"dtype": "int8"}, TypeError, "dtype must be among .*, got int8"),
+    "a dtype that is none": ({"dtype": 3.0}, TypeError, "dtype must be a floating dtype.*3.0"),
+    "precision": ({"precision": "most"}, TypeError, "precision must be .*, got 'most'"),
     "class_weights": ({"class_weights": np.ones(4)}, ValueError, r"class_weights.*\(5,\).*\(4,\)"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap.*0.*0.0"),
     "label_smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing.*-0.1"),

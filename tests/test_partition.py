@@ -84,8 +84,8 @@ def on_one_device(reduction):
     return jax.device_get(quick(step(reduction))(*problem()))
 
 
-def step(reduction, loss=head):
-    return functools.partial(derivatives, loss, reduction=reduction, ignore_index=IGNORED)
+def step(reduction, loss=head, **static):
+    return functools.partial(derivatives, loss, reduction=reduction, ignore_index=IGNORED, **static)
 
 
 def place(floats, hidden, kernel, mesh=None):
@@ -229,6 +229,20 @@ def test_16_bit_arrays_are_summed_in_their_own_type():
     program = compiled(fn, placed, labels)
     got = program(placed, labels)
     assert got[1]["kernel"].dtype == jnp.bfloat16
+    assert_close(got, want, rtol=3 * 2.0**-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kernel", [P(None, "model"), P("data", "model"), P("data", None)], ids=str)
+def test_a_wide_kernel_has_a_wide_gradient(kernel, reduction):
+    floats, labels = problem(jnp.bfloat16)
+    floats["kernel"] = floats["kernel"].astype(jnp.float32) * 1.001
+    fn = step(reduction, dtype=jnp.bfloat16)
+    want = quick(fn)(floats, labels)
+    placed = place(floats, P("data"), kernel)
+    program = compiled(fn, placed, labels, out_shardings=where_they_are(placed))
+    got = program(placed, labels)
+    assert got[1]["kernel"].dtype == jnp.float32
     assert_close(got, want, rtol=3 * 2.0**-8)
 
 

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import DENSE, INTEGER
 
+from jax_sce import linear_softmax_cross_entropy
 from jax_sce._elementary import times
 from jax_sce._weighting import reduce_losses
 
@@ -34,3 +36,31 @@ def test_a_weight_of_zero_leaves_out_a_loss_of_infinity_and_nothing_else():
     np.testing.assert_array_equal(times(weights, losses), [0.0, jnp.nan, 0.0, jnp.inf, 6.0])
     by_weights = jax.grad(lambda weights: times(weights, losses).sum())(weights)
     np.testing.assert_array_equal(by_weights[jnp.array([0, 2, 4])], [0.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(), (1, 1), (3, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["integer", "dense", "linear"])
+def test_weights_that_serve_several_examples(kind, shape, reduction):
+    """As if they were written out, in the derivative by them as well."""
+    labels = jnp.arange(12).reshape(3, 4) % 5
+    logits = jnp.sin(jnp.arange(60.0)).reshape(3, 4, 5)
+    weights = 0.5 + jnp.arange(float(np.prod(shape))).reshape(shape)
+
+    def loss(logits, weights):
+        if kind == "linear":
+            eye = jnp.eye(5)
+            out = linear_softmax_cross_entropy(
+                logits, eye, labels, weights=weights, reduction=reduction
+            )
+        else:
+            given = labels if kind == "integer" else jax.nn.one_hot(labels, 5)
+            function = INTEGER if kind == "integer" else DENSE
+            out = function(logits, given, weights=weights, reduction=reduction)
+        return jnp.sum(jnp.square(out))
+
+    def written_out(logits, weights):
+        return loss(logits, jnp.broadcast_to(weights, (3, 4)))
+
+    got, want = (jax.value_and_grad(f, (0, 1))(logits, weights) for f in (loss, written_out))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
