@@ -1,10 +1,10 @@
 """Softmax cross-entropy for JAX, with its derivative written by hand."""
 
 from ._cross_entropy import (
+    CrossEntropyAux as CrossEntropyAux,
     softmax_cross_entropy as softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
-from ._head import CrossEntropyAux as CrossEntropyAux
 from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from ._sharded import shard as shard
 

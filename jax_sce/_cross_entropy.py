@@ -3,20 +3,48 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from . import _arguments, _axis, _backend, _rows
+from . import _arguments, _axis, _backend, _layout, _rows
 from ._arguments import Options
 from ._axis import AxisName
 from ._elementary import below
 from ._label_check import class_index
 from ._rows import STATIC, Rows, Statistics, Targets
-from ._weighting import Losses, class_weight_of, excuse, mean_weights, reduce_losses, weighted
+from ._weighting import Losses, class_weight_of, excuse, mean_weights, only, reduce_losses, weighted
+
+
+class CrossEntropyAux(NamedTuple):
+    """What else is known of each example; 0 and -1 for those that do not count."""
+
+    log_normalizer: Array  # [N...], float32 (float64 for float64 inputs)
+    prediction: Array  # [N...], int32, the largest logit's class, the lowest of several
+
+
+# fmt: off
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
+    return_aux: Literal[False] = False, forward_mode: bool = False,
+) -> Array: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
+    return_aux: Literal[True], forward_mode: bool = False,
+) -> tuple[Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy(
@@ -24,8 +52,8 @@ def softmax_cross_entropy(
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    forward_mode: bool = False,
-) -> Array:  # fmt: skip
+    return_aux: bool = False, forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy between logits and distributions over the classes.
 
     With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, log-normalizer
@@ -59,13 +87,17 @@ def softmax_cross_entropy(
         then the number of classes on this device; labels stay global, and the loss is that of whole
         rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
         `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`, [N...] each: the log-normalizers, which are
+        differentiated exactly, and the largest logits' classes; 0 and -1 for examples that do not count.
+        The prediction takes a pass over the logits, if it is used.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN for a row of logits that
-      are all -inf, or of which one is +inf or NaN (after the soft-cap); that row's gradient is NaN and
-      no other's. A logit of -inf is an absent class: it costs +inf if its target is not 0.
+      The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
+      it and the aux. The loss is NaN for a row of logits that are all -inf, or of which one is +inf or
+      NaN (after the soft-cap); that row's gradient is NaN and no other's. A logit of -inf is an absent
+      class: it costs +inf if its target is not 0.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -93,7 +125,32 @@ def softmax_cross_entropy(
     return loss_of(inputs(
         logits, labels, axis, where, has_ids=False, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
-        reduction=reduction, axis_name=axis_name, forward_mode=forward_mode))  # fmt: skip
+        reduction=reduction, axis_name=axis_name, return_aux=return_aux,
+        forward_mode=forward_mode))
+# fmt: on
+
+
+# fmt: off
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
+    reduction: str = "none", axis_name: AxisName = None,
+    return_aux: Literal[False] = False, forward_mode: bool = False,
+) -> Array: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
+    reduction: str = "none", axis_name: AxisName = None,
+    return_aux: Literal[True], forward_mode: bool = False,
+) -> tuple[Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -101,8 +158,9 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    reduction: str = "none", axis_name: AxisName = None, forward_mode: bool = False,
-) -> Array:  # fmt: skip
+    reduction: str = "none", axis_name: AxisName = None,
+    return_aux: bool = False, forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy between logits and the index of the right class.
 
     With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, the loss of an example with label y is
@@ -134,15 +192,19 @@ def softmax_cross_entropy_with_integer_labels(
         then the number of classes on this device; labels stay global, and the loss is that of whole
         rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
         `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`, [N...] each: the log-normalizers, which are
+        differentiated exactly, and the largest logits' classes; 0 and -1 for examples that do not count.
+        The prediction takes a pass over the logits, if it is used.
       forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
         for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 logits). NaN, with a gradient of NaN in
-      that row alone, for a label outside [0, V) (-1 too), and for a row of logits that are all -inf, or
-      of which one is +inf or NaN (after the soft-cap). A logit of -inf is an absent class, and costs
-      +inf as the label. Under `jax.experimental.checkify.checkify` with user checks, the first label
-      outside [0, V) is an error that tells it and its position.
+      The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
+      it and the aux. The loss is NaN, with a gradient of NaN in that row alone, for a label outside
+      [0, V) (-1 too), and for a row of logits that are all -inf, or of which one is +inf or NaN (after
+      the soft-cap). A logit of -inf is an absent class, and costs +inf as the label. Under
+      `jax.experimental.checkify.checkify` with user checks, the first label outside [0, V) is an error
+      that tells it and its position.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -172,7 +234,8 @@ def softmax_cross_entropy_with_integer_labels(
         logits, labels, axis, where, has_ids=True, ignore_index=ignore_index,
         label_smoothing=label_smoothing, class_weights=class_weights, weights=weights,
         z_loss=z_loss, softcap=softcap, reduction=reduction, axis_name=axis_name,
-        forward_mode=forward_mode))  # fmt: skip
+        return_aux=return_aux, forward_mode=forward_mode))
+# fmt: on
 
 
 # -- from the arguments to the loss -------------------------------------------------------------------
@@ -213,8 +276,9 @@ def inputs(
 
 
 @functools.partial(jax.jit, inline=True)
-def loss_of(inputs: Inputs) -> Array:
-    """The loss. Jitted when it is called eagerly; inlined into an enclosing jit."""
+def loss_of(inputs: Inputs) -> Any:
+    """The loss, and the aux if it is asked for. Jitted when it is called eagerly; inlined into an
+    enclosing jit."""
     options, labels = inputs.options, inputs.labels
     rows = rows_of(inputs.logits, tuple(axis - inputs.logits.ndim for axis in inputs.axes), options)
     if inputs.mask is not None:
@@ -229,7 +293,19 @@ def loss_of(inputs: Inputs) -> Array:
     of_examples = losses(rows, labels, options)
     loss, options = of_examples.loss, dataclasses.replace(options, valid=of_examples.valid)
     weights = mean_weights(options, labels if inputs.has_ids else None, loss)
-    return reduce_losses(loss, weights, options.reduction, options.batch_axis)
+    loss = reduce_losses(loss, weights, options.reduction, options.batch_axis)
+    if not options.return_aux:
+        return loss
+    return loss, CrossEntropyAux(of_examples.log_normalizer, prediction(rows, options.counts))
+
+
+def prediction(rows: Rows, counts: Array | None) -> Array:
+    """[N...], the class of the largest logit, the lowest of several; -1 for rows that do not count."""
+    logits = _layout.classes_last(rows, rows.masked(lax.stop_gradient(rows.logits)))
+    place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    place += _axis.offset(rows.axis_name, rows.num_classes)
+    place = _axis.first_place(rows.axis_name, jnp.max(logits, axis=-1), place)
+    return only(counts, place, -1)
 
 
 def rows_of(logits: Array, axes: tuple[int, ...], options: Options) -> Rows:

@@ -17,16 +17,10 @@ from jax import Array, lax
 from . import _axis, _chunks, _cross_entropy
 from ._arguments import Options
 from ._chunks import Loop, Plan, Size
+from ._cross_entropy import CrossEntropyAux
 from ._elementary import from_bits, to_bits
-from ._rows import compute_dtype
+from ._rows import Rows, compute_dtype
 from ._weighting import Losses, only
-
-
-class CrossEntropyAux(NamedTuple):
-    """What else the head knows of each example; 0 and -1 for those that do not count."""
-
-    log_normalizer: Array  # [N...], float32 (float64 for float64 inputs)
-    prediction: Array  # [N...], int32, the largest logit's class, the lowest of several
 
 
 @jax.tree_util.register_dataclass
@@ -122,23 +116,21 @@ def _logits(chunk: Inputs) -> Array:
     return logits if chunk.bias is None else logits + chunk.bias.astype(logits.dtype)[None]
 
 
-def _losses(chunk: Inputs, logits: Array) -> Losses:
+def _rows(chunk: Inputs, logits: Array) -> Rows:
     rows = _cross_entropy.rows_of(logits, (-1,), chunk.options)
-    if chunk.exists is not None:
-        rows = dataclasses.replace(rows, mask=chunk.exists)
-    return _cross_entropy.losses(rows, chunk.labels, chunk.options)
+    return rows if chunk.exists is None else dataclasses.replace(rows, mask=chunk.exists)
+
+
+def _losses(chunk: Inputs, logits: Array) -> Losses:
+    return _cross_entropy.losses(_rows(chunk, logits), chunk.labels, chunk.options)
 
 
 def _aux(chunk: Inputs, logits: Array, log_normalizer: Array) -> CrossEntropyAux:
     options = chunk.options
     if not options.return_aux:
-        none = nothing(chunk, log_normalizer.shape).aux.prediction
-        return CrossEntropyAux(log_normalizer, none)
-    logits = only(chunk.exists, logits, -jnp.inf)
-    place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    place += _axis.offset(options.axis_name, logits.shape[-1])
-    prediction = _axis.first_place(options.axis_name, jnp.max(logits, axis=-1), place)
-    return CrossEntropyAux(log_normalizer, only(options.counts, prediction, -1))
+        return CrossEntropyAux(log_normalizer, nothing(chunk, log_normalizer.shape).aux.prediction)
+    prediction = _cross_entropy.prediction(_rows(chunk, logits), options.counts)
+    return CrossEntropyAux(log_normalizer, prediction)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -23,7 +23,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _arguments, _axis, _head, _partition
 from ._axis import AxisName
-from ._head import CrossEntropyAux, Inputs, Values
+from ._cross_entropy import CrossEntropyAux
+from ._head import Inputs, Values
 from ._label_check import class_index
 from ._weighting import mean_weights, reduce_losses
 

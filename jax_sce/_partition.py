@@ -21,7 +21,8 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _axis, _backend, _chunks, _head, _rows
-from ._head import OF_EXAMPLES, CrossEntropyAux, Inputs, Values
+from ._cross_entropy import CrossEntropyAux
+from ._head import OF_EXAMPLES, Inputs, Values
 
 Axes = tuple[str, ...]
 # Each device of the classes has its own part of these gradients; all others are summed over them.

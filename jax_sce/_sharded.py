@@ -170,6 +170,8 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
         axes=axes,
     )
     out_specs = row if inputs.options.reduction == "none" else _partition.spec()
+    if inputs.options.return_aux:
+        out_specs = (out_specs, _cross_entropy.CrossEntropyAux(row, row))
     return _Program(_cross_entropy.loss_of, None, in_specs, out_specs)
 
 
