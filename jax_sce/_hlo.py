@@ -14,12 +14,13 @@ It is arithmetic on the text, by these rules:
   nothing.
 - Operations are those of matrix products, two for each multiplication with its addition.
 - A loop's body counts as often as the loop runs: NaN times if only the running program knows.
-- Of a conditional, the branch that moves most bytes counts.
+- Of a conditional, the dearer branch counts: a byte is as dear as 300 operations.
 - A custom call is a product of cuBLAS, or says itself what it costs (Pallas's `cost_estimate` on TPUs),
-  or is `opaque`: then its operands and results count, and its operations are not known.
+  or is `opaque`: then its operands and results count, and its operations are not known. Its scratch
+  memory costs nothing.
 
-Not in it: what tiles of a product read again, what caches spare, elementwise arithmetic, padding of
-layouts, and the time between kernels.
+Not in it: what tiles of a product read again, what caches save, elementwise arithmetic, padding of
+layouts, the time between kernels, and that of the links between devices.
 """
 
 import dataclasses
@@ -50,7 +51,9 @@ class Collective(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Product:
     operations: float
-    precision: str  # of its operands: "bf16", "f32", or "f32 highest" where JAX was told so
+    precision: (
+        str  # of its operands: "bf16", "f32", or "f32 high" and "f32 highest" if JAX was told so
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +85,10 @@ def kernels(text: str, *, every_branch: bool = False) -> list[Kernel]:
 # Parts of arrays: what reads one through them reads no more than they give.
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice", "scatter"}
-# What a kernel looks through to find who reads an array, or where a result comes from.
-_TRANSPARENT = {"bitcast", "bitcast-convert", "convert", "copy", "reshape", "transpose"}
+# What only names an array anew; and what a kernel looks through to find who reads one.
+_RENAMING = {"bitcast", "reshape"}
+_TRANSPARENT = _RENAMING | {"bitcast-convert", "convert", "copy", "transpose"}
+_OPERATIONS_A_BYTE = 300  # an H100's rate over its bandwidth; 170 of a TPU v5p, 560 of a v6e
 _FREE = {
     "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter",
     "partition-id", "replica-id", "tuple",
@@ -243,17 +248,26 @@ def _visit(
             continue
         if opcode == "while":
             turns = _turns(module, computation, i)
-            body = i.attribute("body") or ""
-            yield from _visit(module, body, times * turns, True, every_branch)
+            parts = ("body", "condition") if every_branch else ("body",)
+            for part in parts:
+                inner = i.attribute(part) or ""
+                yield from _visit(module, inner, times * turns, True, every_branch)
         elif opcode == "conditional":
             branches = [list(_visit(module, b, times, in_loop, every_branch)) for b in _branches(i)]
             if not every_branch:
-                branches = [max(branches, key=lambda b: sum(k.times * k.bytes for k in b))]
+                branches = [max(branches, key=_dearness)]
             yield from itertools.chain(*branches)
         elif opcode in ("call", "async") or i.opcode == "custom-call-start":
             yield from _visit(module, module.called_name(i), times, in_loop, every_branch)
         else:
             yield dataclasses.replace(_kernel(module, computation, i, in_loop), times=times)
+
+
+def _dearness(branch: list[Kernel]) -> float:
+    return sum(
+        k.times * (k.bytes + sum(p.operations for p in k.products) / _OPERATIONS_A_BYTE)
+        for k in branch
+    )
 
 
 def _branches(i: _Instruction) -> list[str]:
@@ -304,7 +318,7 @@ def _kernel(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) ->
     kind = i.target or i.opcode
     opcode = i.opcode.removesuffix("-start")
     if opcode in _COLLECTIVES:
-        collective = Collective(opcode, _larger(c, i), in_loop, _group(module, i))
+        collective = _collective(module, c, i, in_loop)
         given = sum(_bytes(c.type_of(x)) for x in i.operands)
         return Kernel(i.name, opcode, given, _came(i, given, _bytes), collective=collective)
     if i.opcode == "copy-start":  # its result holds the copy and the original
@@ -330,7 +344,8 @@ def _kernel(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) ->
         written = _written(module, called, called.root, fused=True)
     products = tuple(_products(module, c, i))
     opaque = i.opcode == "custom-call" and not products
-    return Kernel(i.name, kind, read, written, products, opaque=opaque)
+    within = None if called is None else _collective_within(module, called, in_loop)
+    return Kernel(i.name, kind, read, written, products, within, opaque)
 
 
 def _alone(c: _Computation, i: _Instruction) -> _Computation:
@@ -357,7 +372,7 @@ def _elements_read(module: _Module, c: _Computation, name: str) -> float:
             total += _elements_read(module, c, user.name)
         elif user.opcode in _SLICES and is_first:
             total += _elements(user.type)
-        elif user.opcode in _UPDATES and is_first:
+        elif user.opcode in _UPDATES and is_first and _is_result(c, user):
             total += _elements(c.type_of(user.operands[-1])) if user.opcode == "scatter" else 0
         elif user.opcode == "fusion" and (called := module.called(user)):
             for number, operand in enumerate(user.operands):
@@ -366,6 +381,16 @@ def _elements_read(module: _Module, c: _Computation, name: str) -> float:
         else:
             return math.inf
     return total
+
+
+def _is_result(c: _Computation, i: _Instruction) -> bool:
+    """Is it one of the results of the computation, and read by nothing there?"""
+    while not i.is_root:
+        users = c.users.get(i.name, [])
+        if len(users) != 1 or users[0].opcode not in _RENAMING | {"tuple"}:
+            return False
+        i = users[0]
+    return True
 
 
 def _elements(type_text: str) -> float:
@@ -379,7 +404,7 @@ def _written(module: _Module, c: _Computation, i: _Instruction, *, fused: bool) 
     if not _bytes(i.type):
         return 0
     source = i
-    while source.opcode in _TRANSPARENT and fused and source.operands[0] in c.named:
+    while source.opcode in _RENAMING and fused and source.operands[0] in c.named:
         source = c.named[source.operands[0]]
     if source.opcode == "fusion" and fused and (called := module.called(source)):
         return _written(module, called, called.root, fused=True)
@@ -387,12 +412,15 @@ def _written(module: _Module, c: _Computation, i: _Instruction, *, fused: bool) 
         update = source.operands[1 if source.opcode == "dynamic-update-slice" else -1]
         itemsize = _arrays(i.type)[0].itemsize
         return itemsize * _elements(c.type_of(update))
+    if i.opcode == "custom-call" and i.type.startswith("("):  # flat bytes are its scratch memory
+        results = [x for x in _arrays(i.type) if x.itemsize > 1 or len(x.sizes) > 1]
+        return sum(x.bytes for x in results if x.in_memory)
     return _bytes(i.type)
 
 
 def _is_parameter(module: _Module, c: _Computation, name: str) -> bool:
     i = c.named[name]
-    while i.opcode in _TRANSPARENT:
+    while i.opcode in _RENAMING:
         i = c.named[i.operands[0]]
     return i.opcode == "parameter"
 
@@ -416,8 +444,8 @@ def _products(module: _Module, c: _Computation, i: _Instruction) -> Iterator[Pro
             r'lhs_contracting_dim(?:ension)?s"?[:=]\s*[\[{]([^\]}]*)[\]}]', i.attributes
         )
         summed = math.prod(lhs.sizes[int(n)] for n in re.findall(r"\d+", found[1] if found else ""))
-    highest = re.search(r"operand_precision[^\]}]*highest", i.attributes, re.IGNORECASE)
-    precision = f"{lhs.dtype} highest" if highest else lhs.dtype
+    told = re.search(r"operand_precision[^\]}]*?\b(highest|high)\b", i.attributes, re.IGNORECASE)
+    precision = f"{lhs.dtype} {told[1].lower()}" if told else lhs.dtype
     yield Product(2.0 * math.prod(out.sizes) * summed, precision)
 
 
@@ -437,6 +465,21 @@ def _summed_by_convolution(i: _Instruction, lhs: _Array) -> int:
 
 
 # -- collectives ---------------------------------------------------------------------------------------
+
+
+def _collective(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) -> Collective:
+    opcode = i.opcode.removesuffix("-start")
+    return Collective(opcode, _larger(c, i), in_loop, _group(module, i))
+
+
+def _collective_within(module: _Module, c: _Computation, in_loop: bool) -> Collective | None:
+    """That of a fusion: on TPUs an all-reduce and the slice of it that a device keeps are one."""
+    for i in c.instructions:
+        if i.opcode in _COLLECTIVES:
+            found = _collective(module, c, i, in_loop)
+            is_scattered = any(x.opcode == "dynamic-slice" for x in c.users.get(i.name, ()))
+            return found._replace(kind="reduce-scatter") if is_scattered else found
+    return None
 
 
 def _came(i: _Instruction, given: float, size: Callable[[str], float]) -> float:

@@ -284,6 +284,9 @@ def test_bad_arguments_are_named(arguments, message):
         ("compiled --mesh 8", "--mesh must be like 2x4, got '8'"),
         ("compiled --for v6e --mesh 1x3", "v6e"),  # it has no such topology, or is not installed
         ("compiled --shapes 8x4x10 --passes donated_gradient", "none of the subjects of compiled"),
+        ("compiled --passes eager_forward", "--passes: eager_forward is not compiled"),
+        ("compiled --peers torch", "none of the subjects of compiled"),
+        ("compiled --mesh 512x8", "a mesh may have 256 devices at most, got 4096"),
     ],
 )
 def test_bad_options_are_named(arguments, message, monkeypatch, capsys):
@@ -471,11 +474,15 @@ def test_what_does_not_compile_says_why():
         z = jax.lax.while_loop(lambda z: jnp.max(z) > 0, lambda z: jnp.sin(z) - 1, logits)
         return logits_loss(z, labels)
 
+    (_, uneven) = compare("logits", shapes=[(8, 10)], dtypes=["float32"], passes=["forward"],
+                          peers=["jax_sce"], machines=["h100"], mesh=(3, 1))  # fmt: skip
+    assert "must divide evenly over the mesh, got (8, 10)" in uneven.detail
+
     rows = compare("logits", {"broken": broken, "endless": endless}, shapes=[(8, 10)],
                    dtypes=["float32"], passes=["forward"], peers=[], machines=["h100"])  # fmt: skip
     assert [(row.peer, row.status, row.detail) for row in rows[1:]] == [
         ("broken", "failed", "RuntimeError: out of ideas"),
-        ("endless", "failed", "ValueError: it has a loop that runs until its data is done"),
+        ("endless", "failed", "ValueError: how often one of its loops runs could not be read"),
     ]
 
 
@@ -484,6 +491,9 @@ def test_what_does_not_compile_says_why():
     [
         ({"machines": ["a100"]}, "machines must be among h100, .*, got 'a100'"),
         ({"passes": ["eager_forward"]}, "passes that are compiled cannot be eager_forward"),
+        ({"machines": []}, r"machines must be a list of names or None, got \[\]"),
+        ({"machines": "h100"}, "machines must be a list of names or None, got 'h100'"),
+        ({"machines": None, "mesh": (2, 4)}, "mesh is for machines"),
         ({"mesh": (0, 2)}, "mesh must be two numbers of devices, .* got \\(0, 2\\)"),
     ],
 )

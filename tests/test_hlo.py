@@ -74,6 +74,31 @@ def test_an_update_of_a_part_in_place_writes_the_part(read):
     assert 0.25 * ONE <= got < 0.26 * ONE
 
 
+@pytest.mark.parametrize("read", ["h100"], indirect=True)
+def test_an_update_that_is_only_read_is_not_in_place(read):
+    """As where a loss masks the classes that pad its vocabulary."""
+
+    def masked(x, update):
+        return jnp.sum(lax.dynamic_update_slice(x, update, (3, 5)) * 2, -1)
+
+    assert ONE <= moved(read(masked, (N, V), (8, 8))) < 1.05 * ONE
+    exponentials = read(lambda x: jnp.exp(x.at[:, 0].set(-jnp.inf)), (N, V))
+    assert 2 * ONE <= moved(exponentials) < 2.05 * ONE
+
+    def widened(x, update):
+        wide = lax.dynamic_update_slice(x.astype(jnp.float32), update.astype(jnp.float32), (3, 5))
+        return wide.astype(x.dtype)
+
+    found = read(widened, (N, V), (8, 8), dtype=jnp.bfloat16)
+    assert ONE <= moved(found) < 1.05 * ONE
+
+
+@pytest.mark.parametrize("read", ["h100"], indirect=True)
+def test_the_scratch_memory_of_a_product_costs_nothing(read):
+    found = read(jnp.dot, (256, 256), (256, 256), dtype=jnp.bfloat16)
+    assert moved(found) <= 6 * 256 * 256 * 2  # widened or copied before, at the most
+
+
 def test_a_donated_update_is_two_passes(read):
     got = moved(read(lambda x: x * 0.5 + 1, (N, V), donate_argnums=0))
     assert 2 * ONE <= got < 2.01 * ONE
@@ -203,6 +228,29 @@ def test_the_parts_of_a_tuple_by_their_places():
     )
     (found,) = kernels(text)
     assert found.read == 32 + 8
+
+
+def test_a_sum_that_a_tpu_scatters_at_once():
+    mesh = Mesh(np.reshape(installed(ACCELERATORS["v6e"], 8), (2, 4)), ("data", "model"))
+    split = NamedSharding(mesh, P("data", "model"))
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=split)
+    w = jax.ShapeDtypeStruct((4096, 4096), jnp.float32, sharding=NamedSharding(mesh, P("model")))
+    found = kernels(jax.jit(jnp.dot, out_shardings=split).lower(x, w).compile().as_text())
+    (crossing,) = [k.collective for k in found if k.collective]
+    assert (crossing.kind, crossing.devices) == ("reduce-scatter", 4)
+    assert crossing.bytes == 2048 * 4096 * 4
+
+
+def test_what_a_loop_asks_other_devices_before_each_turn():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, P("data")))
+
+    def halve(x):
+        return lax.while_loop(lambda x: jnp.max(x) > 0.1, lambda x: x / 2, x)
+
+    text = jax.jit(halve).lower(x).compile().as_text()
+    found = [k.collective for k in kernels(text, every_branch=True) if k.collective]
+    assert [(c.kind, c.in_loop) for c in found] == [("all-reduce", True)]
 
 
 def test_devices_of_a_group():

@@ -27,14 +27,16 @@ How it is measured:
 `compiled` measures nothing. It compiles each pass for machines that are not here, and reads from the
 program what it moves through memory, multiplies, holds and sends, by the rules of `jax_sce/_hlo.py`:
 
-- The bound is the time that the machine's memory and matrix units need for that at the rates of its data
-  sheet, one kernel after the other. A real machine is slower by what this leaves out: launches,
-  elementwise arithmetic, and rates that are not reached.
+- The bound adds up the kernels. Each takes the longer of two times: its bytes at the data sheet's
+  bandwidth, or its products at its rate. A real machine is slower by what this leaves out: launches,
+  elementwise arithmetic, links between devices, and rates that are not reached. It may be faster where
+  arrays stay in a GPU's cache.
+- A Pallas kernel on a TPU costs what its own `cost_estimate` says.
 - Answers are not checked: nothing runs. What does not compile is shown with the reason.
 - The floors are arithmetic: each logit is read once, and for the gradient once more and written; a head
   multiplies 2NDV, and 6NDV with its gradients.
-- With a mesh all is of one device. The arguments and gradients lie as training loops have them: examples
-  split over the first axis, classes over the second, each loss under plain `jit`.
+- With a mesh every figure is for one device. Arguments and gradients lie as training loops have them:
+  examples split over the first axis, classes over the second, each loss under plain `jit`.
 - On NVIDIA GPUs the products are those of cuBLAS, not tuned, and jax_sce's statistics its plain
   reduction; on a real GPU a Pallas kernel, of one pass over the logits too, takes its place.
 

@@ -15,9 +15,9 @@ import jax
 from .._command import check_folder, check_known, is_installed, make_console, silence_tokamax
 from . import __doc__ as METHOD
 from ._accelerators import ACCELERATORS, prepare
-from ._cases import DTYPES, PASSES, rank
+from ._cases import DTYPES, PASSES, default_shapes, rank
 from ._compare import compare
-from ._peers import all_peers, missing
+from ._peers import all_peers, compiled_peers, missing
 from ._plot import draw
 from ._report import Report, is_right
 from ._row import Row
@@ -40,7 +40,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "distributions": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
     "linear": {"shapes": [(512, 64, 8192)], "dtypes": ["float32"], "passes": ["value_and_grad"]},
 }
-QUICK_COMPILED = {"dtypes": ["bfloat16"], "passes": ["value_and_grad"]}
+QUICK_COMPILED: dict[str, Any] = {"dtypes": ["bfloat16"], "passes": ["value_and_grad"]}
 
 
 def main() -> int:
@@ -177,6 +177,8 @@ def interpret(args: argparse.Namespace) -> None:
     is_compiled = "compiled" in args.subjects
     if not is_compiled and (args.machines or args.mesh):
         raise ValueError("--for and --mesh are for compiled")
+    if is_compiled and "eager_forward" in args.passes:
+        raise ValueError("--passes: eager_forward is not compiled")
     args.machines = words(args.machines) or list(MACHINES)
     check_known("--for", args.machines, ACCELERATORS)
     args.mesh = parse_mesh(args.mesh) if args.mesh else None
@@ -236,12 +238,20 @@ def compiled_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The same for each subject that `compiled` compiles: those that the options fit."""
     options = {}
     for subject in COMPARED:
+        platforms = [platform_of(m) for m in args.machines]
+        peers = [x for on in platforms for x in compiled_peers(subject, on) if x in args.peers]
+        if args.peers and not peers:
+            continue
         try:
-            asked = compare_options(args, subject, [platform_of(m) for m in args.machines])
+            asked = compare_options(args, subject, platforms)
         except ValueError:
             continue
-        usual = QUICK_COMPILED if args.quick else {}
+        usual: dict[str, Any] = {}
+        if args.quick:
+            usual = QUICK_COMPILED | {"shapes": default_shapes(subject, "accelerator")[:1]}
         kept = {k: asked[k] for k in ("shapes", "dtypes", "passes", "peers") if getattr(args, k)}
+        if "peers" in kept:
+            kept["peers"] = peers
         options[subject] = {**usual, **kept, "machines": args.machines, "mesh": args.mesh}
     if not options:
         raise ValueError("--shapes, --passes and --peers: none of the subjects of compiled has all")

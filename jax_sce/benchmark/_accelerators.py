@@ -1,8 +1,9 @@
 """The accelerators that XLA compiles for without one, and the time that each allows a program.
 
-Bandwidths, rates of dense matrix products and memories are those of the makers' data sheets (NVIDIA's
+Bandwidths and rates of dense matrix products are those of the makers' data sheets (NVIDIA's
 H100 SXM, H200 and HGX B200; Google Cloud's TPU v5p, v6e and v5e). A product of float32 takes JAX's
-default precision: TF32 on NVIDIA, one pass in bfloat16 on TPUs; the highest takes six passes there.
+default precision: TF32 on NVIDIA, one pass in bfloat16 on TPUs; "high" takes three passes there, and
+"highest" six.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from typing import Any
 from .._hlo import Kernel
 
 INSTALL = 'pip install -e ".[compiled]"'
+_MOST_DEVICES = 256
 _WITHOUT_TPU = {  # so that libtpu neither asks about one nor locks it
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -32,7 +34,6 @@ class Accelerator:
     platform: str  # JAX's: "gpu" or "tpu"
     bandwidth: float  # bytes of its memory in a second
     rates: Mapping[str, float]  # operations in a second, by the precision of a product's operands
-    memory: float  # bytes
     config: str = ""  # of GPUs, what XLA chooses kernels by
 
     def devices(self, count: int) -> Sequence[Any]:
@@ -45,6 +46,8 @@ class Accelerator:
         """
         from jax.experimental import topologies
 
+        if count > _MOST_DEVICES:
+            raise ValueError(f"a mesh may have {_MOST_DEVICES} devices at most, got {count}")
         self._check_installed()
         if self.platform == "gpu":
             described = {"platform": "cuda", "target_config": self.config}
@@ -52,7 +55,8 @@ class Accelerator:
                 topology = topologies.get_topology_desc(topology=f"1x1x{count}", **described)
             except NotImplementedError:
                 raise RuntimeError(
-                    "JAX started without the CUDA plugin: set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before"
+                    "JAX was used before and started without the CUDA plugin: set "
+                    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment"
                 ) from None
             return topology.devices
         if count & (count - 1) or count == 2:
@@ -125,12 +129,12 @@ def _nvidia(
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 }}
     device_description_str: "NVIDIA {name.upper()}"
     """
-    return Accelerator(name, "gpu", bandwidth, rates, memory, config)
+    return Accelerator(name, "gpu", bandwidth, rates, config)
 
 
-def _tpu(name: str, bandwidth: float, rate: float, memory: float) -> Accelerator:
-    rates = {"bf16": rate, "f32": rate, "f32 highest": rate / 6}
-    return Accelerator(name, "tpu", bandwidth, rates, memory)
+def _tpu(name: str, bandwidth: float, rate: float) -> Accelerator:
+    rates = {"bf16": rate, "f32": rate, "f32 high": rate / 3, "f32 highest": rate / 6}
+    return Accelerator(name, "tpu", bandwidth, rates)
 
 
 _HOPPER = {"bf16": 989e12, "f16": 989e12, "f32": 494e12, "f32 highest": 67e12, "f64": 67e12}
@@ -142,9 +146,9 @@ ACCELERATORS = {
         _nvidia("h100", 3.35e12, _HOPPER, 80e9, cores=132, cache=50 * 2**20, capability=9),
         _nvidia("h200", 4.8e12, _HOPPER, 141e9, cores=132, cache=50 * 2**20, capability=9),
         _nvidia("b200", 7.7e12, _BLACKWELL, 180e9, cores=148, cache=126 * 2**20, capability=10),
-        _tpu("v5e", 819e9, 197e12, 16e9),
-        _tpu("v5p", 2765e9, 459e12, 95e9),
-        _tpu("v6e", 1640e9, 918e12, 32e9),
+        _tpu("v5e", 819e9, 197e12),
+        _tpu("v5p", 2765e9, 459e12),
+        _tpu("v6e", 1640e9, 918e12),
     )
 }
 

@@ -76,6 +76,7 @@ def compare(
     Raises:
       ValueError: An argument is none of those above; the message names it.
       ModuleNotFoundError: What compiles for a machine is not installed; the message gives the command.
+      RuntimeError: JAX was used before, and started without what compiles for a machine.
 
     Example:
       >>> import optax
@@ -94,7 +95,11 @@ def compare(
     check_known("subject", [subject], PASSES)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if isinstance(machines, str) or (machines is not None and not machines):
+        raise ValueError(f"machines must be a list of names or None, got {machines!r}")
     check_known("machines", machines or (), ACCELERATORS)
+    if mesh is not None and machines is None:
+        raise ValueError("mesh is for machines, which must be given with it")
     on = "accelerator" if machines is not None or jax.default_backend() != "cpu" else "cpu"
     shapes = default_shapes(subject, on) if shapes is None else shapes
     dtypes = default_dtypes(subject, on) if dtypes is None else dtypes

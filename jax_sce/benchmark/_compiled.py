@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from .._command import check_known
 from .._hlo import Kernel, Product, kernels
 from ._accelerators import ACCELERATORS, Accelerator, prepare
 from ._cases import Case, shape_text
-from ._peers import BASELINE, Peer, choose, import_packages
+from ._peers import BASELINE, Peer, choose, compiled_peers, import_packages
 from ._programs import Loss, pass_of
 from ._row import FLOOR, Cost, Progress, Row, Steps, failed, related
 
@@ -43,13 +44,18 @@ def compile_all(
         raise ValueError("passes that are compiled cannot be eager_forward")
     if mesh is not None and (len(mesh) != 2 or min(mesh) < 1):
         raise ValueError(f"mesh must be two numbers of devices, examples and classes, got {mesh}")
+    if not cases or not machines:
+        return []
     prepare()
+    subject = cases[0].subject
+    on = {name: compiled_peers(subject, ACCELERATORS[name].platform) for name in machines}
+    check_known(f"peers of {subject}", peers or (), [p for known in on.values() for p in known])
     rows_of: list[tuple[Accelerator, Mesh, Case, str, list[Peer]]] = []
     for name in machines:
         machine = ACCELERATORS[name]
         devices = np.reshape(machine.devices(int(np.prod(mesh or 1))), mesh or (1, 1))
-        chosen = choose(cases[0].subject, machine.platform, peers, losses)
-        chosen = [peer for peer in chosen if peer.loss is not None]
+        names = [x for x in on[name] if peers is None or x in peers]
+        chosen = choose(subject, machine.platform, names, losses)
         import_packages(chosen)
         rows_of += [
             (machine, Mesh(devices, _AXES), case, p, [x for x in chosen if x.fits(case, p)])
@@ -90,6 +96,9 @@ def _row(
 
 def _compile(row: Row, machine: Accelerator, mesh: Mesh, case: Case, peer: Peer) -> Row:
     assert peer.loss is not None
+    sizes = case.shape[0], case.shape[-1]
+    if any(size % n for size, n in zip(sizes, mesh.devices.shape, strict=True)):
+        raise ValueError(f"examples and classes must divide evenly over the mesh, got {sizes}")
     placed = [NamedSharding(mesh, spec) for spec in _SPECS[case.subject]]
     whole = NamedSharding(mesh, P())
     arguments = [
@@ -98,16 +107,14 @@ def _compile(row: Row, machine: Accelerator, mesh: Mesh, case: Case, peer: Peer)
     ]
     has_gradients = "grad" in row.pass_name
     begin = time.perf_counter()
-    program = (
-        jax.jit(
-            pass_of(peer.loss, case, row.pass_name),
-            donate_argnums=(0,) if row.pass_name == "donated_gradient" else (),
-            out_shardings=(whole, tuple(placed[:-1]) if has_gradients else ()),
-            compiler_options=machine.compiler_options,
-        )
-        .lower(*arguments)
-        .compile()
+    jitted = jax.jit(
+        pass_of(peer.loss, case, row.pass_name),
+        donate_argnums=(0,) if row.pass_name == "donated_gradient" else (),
+        out_shardings=(whole, tuple(placed[:-1]) if has_gradients else ()),
+        compiler_options=machine.compiler_options,
     )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it for the device
+        program = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - begin
     text, memory = program.as_text(), program.memory_analysis()
     assert text is not None
@@ -128,11 +135,11 @@ def cost_of(found: Sequence[Kernel], machine: Accelerator, case: Case, devices: 
     """What these kernels cost one of the devices.
 
     Raises:
-      ValueError: A loop runs as often as only the running program knows.
+      ValueError: How often a loop runs could not be read.
     """
     moved = sum(k.times * k.bytes for k in found)
     if moved != moved:
-        raise ValueError("it has a loop that runs until its data is done")
+        raise ValueError("how often one of its loops runs could not be read")
     operations = None
     if not any(k.opaque for k in found):
         operations = round(sum(k.times * p.operations for k in found for p in k.products))

@@ -100,6 +100,11 @@ def all_peers(subject: str, platform: str) -> list[Peer]:
     ]
 
 
+def compiled_peers(subject: str, platform: str) -> list[str]:
+    """The names of those that can be compiled for another machine."""
+    return [peer.name for peer in all_peers(subject, platform) if peer.loss is not None]
+
+
 def missing(peers: Sequence[Peer]) -> list[str]:
     """The packages that would add some of these, and are not installed."""
     return sorted({str(peer.package) for peer in peers if not peer.installed})
@@ -197,9 +202,20 @@ def _jax_sce_head(hidden: Array, kernel: Array, labels: Array) -> Any:
 def _tokamax(implementation: str, hidden: Array, kernel: Array, labels: Array) -> Array:
     import tokamax
 
+    if implementation == "mosaic_tpu" and jax.default_backend() != "tpu":
+        return _tokamax_for_tpu()(hidden, labels, kernel, reduction="mean")
     return tokamax.linear_softmax_cross_entropy_loss(
         hidden, labels, kernel, reduction="mean", implementation=implementation
     )
+
+
+def _tokamax_for_tpu() -> Any:
+    """Its kernels to be compiled for a TPU that is not there: it asks for one, unless told not to."""
+    from tokamax._src.ops.linear_softmax_cross_entropy_loss import api
+
+    op = dataclasses.replace(api.IMPLEMENTATIONS["mosaic_tpu"], bypass_device_check=True)
+    object.__setattr__(op, "vjp", dataclasses.replace(op.vjp, bypass_device_check=True))
+    return op
 
 
 def _jax_cce(hidden: Array, kernel: Array, labels: Array) -> Array:

@@ -25,6 +25,7 @@ _STYLES = {
     "optax float32": ("#f0e442", "d"),
     "tokamax xla": ("#e69f00", "P"),
     "tokamax chunked_xla": ("#56b4e9", "X"),
+    "tokamax mosaic_tpu": ("#999933", "p"),
     "jax-cce": ("#000000", "v"),
     "torch": ("#cc79a7", "^"),
     "Liger-Kernel": ("#332288", ">"),
@@ -51,18 +52,13 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             figure = _growth(own) if subject == "scaling" else _comparison(own)
             paths.append(folder / f"{subject}.png")
             figure.savefig(paths[-1])
-    compiled = [
-        row
-        for row in rows
-        if row.cost is not None
-        and row.pass_name == "value_and_grad"
-        and row.dtype == rows[-1].dtype
-    ]
+    compiled = [r for r in rows if r.cost is not None and r.pass_name == "value_and_grad"]
+    compiled = [row for row in compiled if row.dtype == compiled[-1].dtype]
     for name, picture, own in (
         ("passes", _passes, [row for row in compiled if row.subject != "linear"]),
         ("head", _head, [row for row in compiled if row.subject == "linear"]),
     ):
-        if own:
+        if any(row.peer != FLOOR for row in own):
             paths.append(folder / f"compiled_{name}.png")
             picture(_largest(own)).savefig(paths[-1])
     return paths

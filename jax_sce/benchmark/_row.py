@@ -19,7 +19,7 @@ class Cost:
     kernels: int | None  # launched
     passes: float | None  # of losses on logits: bytes over those of the logits
     products: float | None  # of heads: operations over 6NDV, the three products of N x V
-    sent: int  # bytes to other devices, once around a ring
+    sent: int  # bytes to other devices around a ring; a sum goes around twice
     sent_in_loop: int  # those of it that loops send
     seconds: (
         float | None
