@@ -676,10 +676,11 @@ def test_optax_a_label_of_minus_one_is_not_the_last_class():
     np.testing.assert_array_equal(np.isnan(quick(head)(**arguments)), [True, False, True, False])
 
 
+@pytest.mark.parametrize("kernel", ["float16", "float32"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("scale", "weight"), [(2.0**15, 1.0), (2.0**-30, 2.0**45)])
 def test_float16_gradients_keep_the_range_that_the_scale_of_the_loss_gives(
-    scale, weight, reduction
+    scale, weight, reduction, kernel
 ):
     """A confident head: without the outer scale its gradients are too small for float16, or with large
     weights too large."""
@@ -690,13 +691,14 @@ def test_float16_gradients_keep_the_range_that_the_scale_of_the_loss_gives(
     arguments |= {
         "labels": jnp.zeros(n, jnp.int32),
         "weights": jnp.full(n, weight, jnp.float32),
+        "kernel": arguments["kernel"].astype(kernel),
     }
     g = scale * np.ones(n if reduction == "none" else (), np.float32)
-    fn = functools.partial(head, reduction=reduction)
+    fn = functools.partial(head, reduction=reduction, dtype=jnp.float16)
     _, got = quick(functools.partial(derivatives, fn))(arguments, g)
     _, want = in_float64(arguments, g, reduction)
     for k in ("hidden", "kernel"):
-        assert got[k].dtype == jnp.float16
+        assert got[k].dtype == arguments[k].dtype
         error = np.linalg.norm(wide(got[k]) - want[k]) / np.linalg.norm(want[k])
         assert error <= 2.0**-10, k  # roundings of 2^-11
 
