@@ -368,12 +368,14 @@ def _elements_read(module: _Module, c: _Computation, name: str) -> float:
     total = 0.0
     for user in c.users.get(name, ()):
         is_first = user.operands[0] == name
-        if user.opcode in _TRANSPARENT and not user.is_root:
-            total += _elements_read(module, c, user.name)
-        elif user.opcode in _SLICES and is_first:
+        if user.opcode in _SLICES and is_first:
             total += _elements(user.type)
         elif user.opcode in _UPDATES and is_first and _is_result(c, user):
             total += _elements(c.type_of(user.operands[-1])) if user.opcode == "scatter" else 0
+        elif not user.is_root and (
+            user.opcode in _TRANSPARENT or (user.opcode in _UPDATES and is_first)
+        ):
+            total += _elements_read(module, c, user.name)
         elif user.opcode == "fusion" and (called := module.called(user)):
             for number, operand in enumerate(user.operands):
                 if operand == name:

@@ -82,6 +82,12 @@ def test_an_update_that_is_only_read_is_not_in_place(read):
         return jnp.sum(lax.dynamic_update_slice(x, update, (3, 5)) * 2, -1)
 
     assert ONE <= moved(read(masked, (N, V), (8, 8))) < 1.05 * ONE
+
+    def part(x, update, at):
+        return lax.dynamic_slice_in_dim(lax.dynamic_update_slice(x, update, (at, 5)), at, N // 4)
+
+    got = moved(read(lambda x, u: part(x, u, jnp.int32(u[0, 0])), (N, V), (8, 8)))
+    assert 0.5 * ONE <= got < 0.55 * ONE
     exponentials = read(lambda x: jnp.exp(x.at[:, 0].set(-jnp.inf)), (N, V))
     assert 2 * ONE <= moved(exponentials) < 2.05 * ONE
 
