@@ -198,14 +198,10 @@ def interpret(args: argparse.Namespace) -> None:
             ACCELERATORS[machine].devices(math.prod(args.mesh or (1,)))
     except ModuleNotFoundError as error:
         raise ValueError(str(error)) from None
-    if (
-        not args.options
-        and not args.compiled
-        and (args.shapes or args.dtypes or args.passes or args.peers)
-    ):
-        raise ValueError(
-            f"--shapes, --dtypes, --passes and --peers are for {', '.join((*COMPARED, 'compiled'))}"
-        )
+    selects = args.shapes or args.dtypes or args.passes or args.peers
+    if selects and not args.options and not args.compiled:
+        known = ", ".join((*COMPARED, "compiled"))
+        raise ValueError(f"--shapes, --dtypes, --passes and --peers are for {known}")
     if not args.json and not args.plot:
         FOLDER.mkdir(exist_ok=True)
         args.json, args.plot = FOLDER / "report.json", FOLDER

@@ -44,32 +44,31 @@ def compile_all(
         raise ValueError("passes that are compiled cannot be eager_forward")
     if mesh is not None and (len(mesh) != 2 or min(mesh) < 1):
         raise ValueError(f"mesh must be two numbers of devices, examples and classes, got {mesh}")
-    if not cases or not machines:
+    if not cases:
         return []
     prepare()
     subject = cases[0].subject
     on = {name: compiled_peers(subject, ACCELERATORS[name].platform) for name in machines}
     check_known(f"peers of {subject}", peers or (), [p for known in on.values() for p in known])
-    rows_of: list[tuple[Accelerator, Mesh, Case, str, list[Peer]]] = []
+    work: list[tuple[Accelerator, Mesh, Case, str, list[Peer]]] = []
     for name in machines:
         machine = ACCELERATORS[name]
         devices = np.reshape(machine.devices(int(np.prod(mesh or 1))), mesh or (1, 1))
         names = [x for x in on[name] if peers is None or x in peers]
         chosen = choose(subject, machine.platform, names, losses)
         import_packages(chosen)
-        rows_of += [
+        work += [
             (machine, Mesh(devices, _AXES), case, p, [x for x in chosen if x.fits(case, p)])
             for case in cases
             for p in passes
         ]
-    step = Steps(sum(len(fitting) for *_, fitting in rows_of), progress)
+    step = Steps(sum(len(fitting) for *_, fitting in work), progress)
     rows = []
-    for machine, of_devices, case, pass_name, fitting in rows_of:
+    for machine, of_devices, case, pass_name, fitting in work:
         group = [_floor(machine, mesh, case, pass_name)]
         for peer in fitting:
-            step(
-                f"{machine.name}: {case.subject} {shape_text(case.shape)} {case.dtype}, {peer.name}"
-            )
+            shape = shape_text(case.shape)
+            step(f"{machine.name}: {case.subject} {shape} {case.dtype}, {peer.name}")
             row = _row(machine, mesh, case, pass_name, peer.name)
             try:
                 group.append(_compile(row, machine, of_devices, case, peer))
@@ -82,16 +81,8 @@ def compile_all(
 def _row(
     machine: Accelerator, mesh: tuple[int, int] | None, case: Case, pass_name: str, peer: str
 ) -> Row:
-    return Row(
-        case.subject,
-        case.shape,
-        case.dtype,
-        pass_name,
-        peer,
-        "failed",
-        machine=machine.name,
-        mesh=mesh,
-    )
+    of = case.subject, case.shape, case.dtype, pass_name, peer
+    return Row(*of, status="failed", machine=machine.name, mesh=mesh)
 
 
 def _compile(row: Row, machine: Accelerator, mesh: Mesh, case: Case, peer: Peer) -> Row:
