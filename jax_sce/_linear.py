@@ -224,10 +224,11 @@ def _on_explicit_axes(inputs: Inputs) -> Any:
     def on_each_device(inputs: Inputs) -> Any:
         return loss_of(_partition.gathered(inputs, layout))
 
-    inputs = jax.tree.map(jax.sharding.reshard, inputs, in_specs)
+    on = functools.partial(NamedSharding, sharding.mesh)
+    inputs = jax.tree.map(jax.sharding.reshard, inputs, jax.tree.map(on, in_specs))
     specs: dict[str, Any] = {"in_specs": (in_specs,), "out_specs": out_specs}
     out = jax.shard_map(on_each_device, mesh=sharding.mesh, **specs)(inputs)
-    row = PartitionSpec(*sharding.spec[:-1])
+    row = on(PartitionSpec(*sharding.spec[:-1]))
     return jax.tree.map(lambda x: jax.sharding.reshard(x, row) if x.ndim else x, out)
 
 
