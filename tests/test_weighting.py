@@ -39,7 +39,7 @@ def test_a_weight_of_zero_leaves_out_a_loss_of_infinity_and_nothing_else():
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("shape", [(), (1, 1), (3, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["integer", "dense", "linear"])
 def test_weights_that_serve_several_examples(kind, shape, reduction):
     """As if they were written out, in the derivative by them as well."""
