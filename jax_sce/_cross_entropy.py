@@ -95,9 +95,9 @@ def softmax_cross_entropy(
 
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
-      it and the aux. The loss is NaN for a row of logits that are all -inf, or of which one is +inf or
-      NaN (after the soft-cap); that row's gradient is NaN and no other's. A logit of -inf is an absent
-      class: it costs +inf if its target is not 0.
+      it and the aux. The loss is NaN for a row whose logits are all -inf, or include +inf or NaN (after
+      the soft-cap); that row's gradient is NaN and no other's. A logit of -inf is an absent class: it
+      costs +inf if its target is not 0.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
@@ -201,8 +201,8 @@ def softmax_cross_entropy_with_integer_labels(
     Returns:
       The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
       it and the aux. The loss is NaN, with a gradient of NaN in that row alone, for a label outside
-      [0, V) (-1 too), and for a row of logits that are all -inf, or of which one is +inf or NaN (after
-      the soft-cap). A logit of -inf is an absent class, and costs +inf as the label. Under
+      [0, V), -1 included, and for a row whose logits are all -inf, or include +inf or NaN (after the
+      soft-cap). A logit of -inf is an absent class, and costs +inf as the label. Under
       `jax.experimental.checkify.checkify` with user checks, the first label outside [0, V) is an error
       that tells it and its position.
 

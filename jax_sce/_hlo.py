@@ -50,10 +50,11 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
+    """`precision` is that of its operands, such as "bf16", or "f32 high" and "f32 highest" where JAX was
+    told so."""
+
     operations: float
-    precision: (
-        str  # of its operands: "bf16", "f32", or "f32 high" and "f32 highest" if JAX was told so
-    )
+    precision: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +83,10 @@ def kernels(text: str, *, every_branch: bool = False) -> list[Kernel]:
 
 # -- instructions --------------------------------------------------------------------------------------
 
-# Parts of arrays: what reads one through them reads no more than they give.
+# These read no more of an array than their result holds.
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice", "scatter"}
-# What only names an array anew; and what a kernel looks through to find who reads one.
+# The first only give an array another shape. All of them read an element for each that is read of them.
 _RENAMING = {"bitcast", "reshape"}
 _TRANSPARENT = _RENAMING | {"bitcast-convert", "convert", "copy", "transpose"}
 _OPERATIONS_A_BYTE = 300  # an H100's rate over its bandwidth; 170 of a TPU v5p, 560 of a v6e
@@ -336,8 +337,9 @@ def _kernel(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) ->
 
     called = module.called(i) if i.opcode == "fusion" else None
     if called is None:  # as if it were the only one of a fusion
-        read = sum(_read(module, _alone(c, i), x) for x in dict.fromkeys(i.operands))
-        written = _written(module, _alone(c, i), i, fused=False)
+        alone = _alone(c, i)
+        read = sum(_read(module, alone, x) for x in dict.fromkeys(i.operands))
+        written = _written(module, alone, i, fused=False)
     else:
         numbers = range(len(i.operands))
         read = sum(_read(module, called, called.parameter(n).name) for n in numbers)
@@ -410,7 +412,7 @@ def _written(module: _Module, c: _Computation, i: _Instruction, *, fused: bool) 
         source = c.named[source.operands[0]]
     if source.opcode == "fusion" and fused and (called := module.called(source)):
         return _written(module, called, called.root, fused=True)
-    if source.opcode in _UPDATES and (not fused or _is_parameter(module, c, source.operands[0])):
+    if source.opcode in _UPDATES and (not fused or _is_parameter(c, source.operands[0])):
         update = source.operands[1 if source.opcode == "dynamic-update-slice" else -1]
         itemsize = _arrays(i.type)[0].itemsize
         return itemsize * _elements(c.type_of(update))
@@ -420,7 +422,7 @@ def _written(module: _Module, c: _Computation, i: _Instruction, *, fused: bool) 
     return _bytes(i.type)
 
 
-def _is_parameter(module: _Module, c: _Computation, name: str) -> bool:
+def _is_parameter(c: _Computation, name: str) -> bool:
     i = c.named[name]
     while i.opcode in _RENAMING:
         i = c.named[i.operands[0]]
@@ -447,7 +449,8 @@ def _products(module: _Module, c: _Computation, i: _Instruction) -> Iterator[Pro
         )
         summed = math.prod(lhs.sizes[int(n)] for n in re.findall(r"\d+", found[1] if found else ""))
     told = re.search(r"operand_precision[^\]}]*?\b(highest|high)\b", i.attributes, re.IGNORECASE)
-    precision = f"{lhs.dtype} {told[1].lower()}" if told else lhs.dtype
+    # Other types are multiplied as they are, whatever JAX was told.
+    precision = f"f32 {told[1].lower()}" if told and lhs.dtype == "f32" else lhs.dtype
     yield Product(2.0 * math.prod(out.sizes) * summed, precision)
 
 

@@ -32,7 +32,7 @@ program what it moves through memory, multiplies, holds and sends, by the rules 
   elementwise arithmetic, links between devices, and rates that are not reached. It may be faster where
   arrays stay in a GPU's cache.
 - A Pallas kernel on a TPU costs what its own `cost_estimate` says.
-- Answers are not checked: nothing runs. What does not compile is shown with the reason.
+- Nothing runs, so answers are not checked. A loss that does not compile is shown with the reason.
 - The floors are arithmetic: each logit is read once, and for the gradient once more and written; a head
   multiplies 2NDV, and 6NDV with its gradients.
 - With a mesh every figure is for one device. Arguments and gradients lie as training loops have them:

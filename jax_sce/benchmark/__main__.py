@@ -190,8 +190,7 @@ def interpret(args: argparse.Namespace) -> None:
         args.rounds = QUICK_ROUNDS if args.quick else ROUNDS
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-    here = jax.default_backend()
-    args.options = {s: compare_options(args, s, [here]) for s in COMPARED if s in args.subjects}
+    args.options = {s: compare_options(args, s) for s in COMPARED if s in args.subjects}
     args.compiled = compiled_options(args) if is_compiled else {}
     try:
         for machine in args.machines if is_compiled else ():
@@ -210,48 +209,43 @@ def interpret(args: argparse.Namespace) -> None:
         raise ValueError(f"--plot: {args.plot} is not a folder")
 
 
-def compare_options(
-    args: argparse.Namespace, subject: str, platforms: Sequence[str]
-) -> dict[str, Any]:
-    """What `compare` is to be told: of what was asked, that which the subject has."""
-    known = dict.fromkeys(p.name for on in platforms for p in all_peers(subject, on))
-    asked = {
-        "shapes": (args.shapes, shapes_of(subject, args.shapes)),
-        "passes": (args.passes, [p for p in args.passes if p in PASSES[subject]]),
-        "peers": (args.peers, [name for name in known if name in args.peers]),
-    }
-    for name, (given, fitting) in asked.items():
-        if given and not fitting:
-            raise ValueError(f"--{name}: none of these is for {subject}")
-    asked_for = {name: fitting for name, (given, fitting) in asked.items() if given}
-    if args.dtypes:
-        asked_for["dtypes"] = args.dtypes
+def compare_options(args: argparse.Namespace, subject: str) -> dict[str, Any]:
+    """What `compare` is to be told of a subject that is measured here."""
+    peers = [peer.name for peer in all_peers(subject, jax.default_backend())]
     usual = QUICK[subject] if args.quick else {"peak": True}
-    return {**usual, **asked_for, "rounds": args.rounds}
+    return {**usual, **selected(args, subject, peers), "rounds": args.rounds}
 
 
 def compiled_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The same for each subject that `compiled` compiles: those that the options fit."""
     options = {}
     for subject in COMPARED:
-        platforms = [platform_of(m) for m in args.machines]
-        peers = [x for on in platforms for x in compiled_peers(subject, on) if x in args.peers]
-        if args.peers and not peers:
-            continue
-        try:
-            asked = compare_options(args, subject, platforms)
-        except ValueError:
-            continue
         usual: dict[str, Any] = {}
         if args.quick:
             usual = QUICK_COMPILED | {"shapes": default_shapes(subject, "accelerator")[:1]}
-        kept = {k: asked[k] for k in ("shapes", "dtypes", "passes", "peers") if getattr(args, k)}
-        if "peers" in kept:
-            kept["peers"] = peers
-        options[subject] = {**usual, **kept, "machines": args.machines, "mesh": args.mesh}
+        peers = [x for m in args.machines for x in compiled_peers(subject, platform_of(m))]
+        try:
+            usual |= selected(args, subject, peers)
+        except ValueError:
+            continue
+        options[subject] = usual | {"machines": args.machines, "mesh": args.mesh}
     if not options:
         raise ValueError("--shapes, --passes and --peers: none of the subjects of compiled has all")
     return options
+
+
+def selected(args: argparse.Namespace, subject: str, peers: Sequence[str]) -> dict[str, Any]:
+    """Of the shapes, passes, peers and dtypes that were asked for, those that the subject has."""
+    asked = {
+        "shapes": (args.shapes, shapes_of(subject, args.shapes)),
+        "passes": (args.passes, [p for p in args.passes if p in PASSES[subject]]),
+        "peers": (args.peers, [name for name in dict.fromkeys(peers) if name in args.peers]),
+    }
+    for name, (given, fitting) in asked.items():
+        if given and not fitting:
+            raise ValueError(f"--{name}: none of these is for {subject}")
+    found = {name: fitting for name, (given, fitting) in asked.items() if given}
+    return found | ({"dtypes": args.dtypes} if args.dtypes else {})
 
 
 def shapes_of(subject: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

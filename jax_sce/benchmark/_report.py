@@ -39,7 +39,7 @@ class Report:
     wall_seconds: float  # that the run took
 
     def to_json(self) -> str:
-        """A line for each row; what is not known is left out."""
+        """One line per row, without the values that are unknown."""
         document = {
             "schema": 2,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
