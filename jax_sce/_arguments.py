@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from . import _axis
 from ._axis import AxisName
 from ._rows import STATIC, compute_dtype
+from ._targets import Sparse, Teacher
 
 REDUCTIONS = ("none", "sum", "mean")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -33,6 +34,7 @@ class Options:
     class_weights: Array | None = None  # [V]
     z_loss: Array | None = None  # scalar
     softcap: Array | None = None  # scalar
+    temperature: Array | None = None  # [N...]
     ignore_index: int | None = field(default=None, metadata=STATIC)
     reduction: str = field(default="none", metadata=STATIC)
     axis_name: AxisName = field(default=None, metadata=STATIC)  # that splits the classes
@@ -62,14 +64,16 @@ class Options:
         return self.where(self.weights != 0).valid
 
 
-_ARRAYS = ("valid", "weights", "label_smoothing", "class_weights", "z_loss", "softcap")
+_ARRAYS = (
+    "valid", "weights", "label_smoothing", "class_weights", "z_loss", "softcap", "temperature"
+)  # fmt: skip
 
 
 def options(
     dtype: jnp.dtype, batch: tuple[int, ...], num_classes: int, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike, class_weights: ArrayLike | None, weights: ArrayLike | None,
-    z_loss: ArrayLike, softcap: ArrayLike | None, reduction: str, axis_name: AxisName,
-    forward_mode: bool, return_aux: bool = False, chunk_size: int | None = None,
+    z_loss: ArrayLike, softcap: ArrayLike | None, temperature: ArrayLike | None, reduction: str,
+    axis_name: AxisName, forward_mode: bool, return_aux: bool, chunk_size: int | None = None,
     precision: Any = None,
 ) -> Options:  # fmt: skip
     """The options of a loss of examples [N...] with logits of that dtype, by their public names."""
@@ -79,15 +83,19 @@ def options(
         value = scalar(name, x, interval).astype(dtype)
         return None if isinstance(x, int | float) and x == 0 else value
 
+    def each(name: str, x: ArrayLike | None, interval: str | None = None) -> Array | None:
+        return None if x is None else of_examples(name, x, batch, interval).astype(dtype)
+
     def numbers(name: str, x: ArrayLike | None, expected: tuple[int, ...]) -> Array | None:
         return None if x is None else array(name, x, "real", expected).astype(dtype)
 
     return Options(
-        weights=None if weights is None else of_examples("weights", weights, batch).astype(dtype),
+        weights=each("weights", weights),
         label_smoothing=number("label_smoothing", label_smoothing, "[0, 1]"),
         class_weights=numbers("class_weights", class_weights, (num_classes,)),
         z_loss=number("z_loss", z_loss),
         softcap=None if softcap is None else number("softcap", softcap, "(0, inf)"),
+        temperature=each("temperature", temperature, "(0, inf)"),
         ignore_index=ignore_index,
         reduction=one_of("reduction", reduction, REDUCTIONS),
         axis_name=manual_axes("axis_name", axis_name),
@@ -132,16 +140,24 @@ def batch_shape(logits_shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[i
 def labels(x: ArrayLike, has_ids: bool, ignore_index: Any) -> tuple[Array, int | None]:
     """Labels as an array, of integers if they are class ids, and `ignore_index` as it is among them."""
     ignored = integer_or_none("ignore_index", ignore_index)
+    if isinstance(x, Sparse):
+        raise TypeError("labels must be class ids, got Sparse, which softmax_cross_entropy takes")
+    if isinstance(x, Teacher):
+        raise TypeError("labels must not be a Teacher, which linear_softmax_cross_entropy takes")
     if not has_ids:
         return array("labels", x, "real"), ignored
+    return class_ids("labels", x, ignored)
+
+
+def class_ids(name: str, x: ArrayLike, ignored: int | None) -> tuple[Array, int | None]:
     if not isinstance(x, jax.Array) and jax.dtypes.canonicalize_dtype(np.int64) == np.int32:
         x, ignored = _narrowed(x, ignored)
-    return array("labels", x, "integer"), ignored
+    return array(name, x, "integer"), ignored
 
 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
     """NumPy's and Python's integers in 32 bits. JAX would cut larger ones, and a bad label would become
-    another class: here all bad labels become -1, and ignored ones -2."""
+    another class: here they become -1 or the largest there is, and ignored ones -2."""
     if isinstance(x, int | list | tuple):  # of Python integers, however large
         try:
             wide = np.asarray(x, dtype=object)
@@ -157,8 +173,49 @@ def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]
     if np.all(fits):
         return wide.astype(np.int32), ignored
     narrow = np.where(fits, wide, 0).astype(np.int32)
-    narrow = np.where(fits & (narrow >= 0), narrow, -1)
+    narrow = np.where(fits & (narrow >= 0), narrow, np.where(wide > 0, np.iinfo(np.int32).max, -1))
     return np.where(wide == ignored, -2, narrow).astype(np.int32), None if ignored is None else -2
+
+
+def sparse(labels: Sparse, batch: tuple[int, ...]) -> Sparse:
+    """With arrays [N..., K], integers and floats."""
+    ids, _ = class_ids("labels.ids", labels.ids, None)
+    if ids.shape[:-1] != batch or ids.ndim != len(batch) + 1 or ids.shape[-1] == 0:
+        raise ValueError(
+            f"labels.ids must have shape {_with_axis(batch, 'K')}, K at least 1, got {ids.shape}"
+        )
+    values = array("labels.values", labels.values, "real", ids.shape)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(jnp.float32)
+    return Sparse(ids, values)
+
+
+def _with_axis(batch: tuple[int, ...], axis: str) -> str:
+    return f"({', '.join([*map(str, batch), axis])}{'' if batch else ','})"
+
+
+def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teacher:
+    """With arrays, constants, and temperatures [N...]."""
+    hidden = array("labels.hidden", labels.hidden, "floating")
+    kernel = array("labels.kernel", labels.kernel, "floating")
+    if hidden.ndim != len(batch) + 1 or hidden.shape[:-1] != batch:
+        raise ValueError(
+            f"labels.hidden must have shape {_with_axis(batch, 'T')}, got {hidden.shape}"
+        )
+    shape("labels.kernel", kernel, (hidden.shape[-1], num_classes))
+    dtype = product_dtype(None, hidden, kernel)
+    of = compute_dtype(dtype)
+    bias, softcap, temperature = labels.bias, labels.softcap, labels.temperature
+    if bias is not None:
+        bias = array("labels.bias", bias, "floating", (num_classes,))
+    if softcap is not None:
+        softcap = scalar("labels.softcap", softcap, "(0, inf)").astype(of)
+    if temperature is not None:
+        interval = "(0, inf)"
+        temperature = of_examples("labels.temperature", temperature, batch, interval).astype(of)
+    arrays = hidden.astype(dtype), kernel.astype(dtype), bias, temperature, softcap
+    is_divergence = flag("labels.divergence", labels.divergence)
+    return Teacher(*jax.lax.stop_gradient(arrays), divergence=is_divergence)
 
 
 def rank_of_labels(x: ArrayLike) -> int:
@@ -212,9 +269,12 @@ def shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
 
 
-def of_examples(name: str, x: ArrayLike, batch: tuple[int, ...]) -> Array:
+def of_examples(
+    name: str, x: ArrayLike, batch: tuple[int, ...], interval: str | None = None
+) -> Array:
     """A number for each example, [N...]; a scalar, or axes of size 1, serve several."""
     numbers = array(name, x, "real")
+    check_interval(name, x, interval)
     if numbers.shape == batch:
         return numbers
     if numbers.ndim and not (numbers.ndim == len(batch) and _broadcasts(numbers.shape, batch)):
@@ -229,14 +289,19 @@ def scalar(name: str, x: ArrayLike, interval: str | None = None) -> Array:
     """`x` as a real scalar. If its value is known when tracing, it must lie in the interval, such as
     "(0, inf)"."""
     number = array(name, x, "real", ())
-    if interval is None or isinstance(x, jax.core.Tracer):
-        return number
-    value, (low, high) = float(np.asarray(x)), map(float, interval[1:-1].split(","))
-    above = value > low if interval[0] == "(" else value >= low
-    below = value < high if interval[-1] == ")" else value <= high
-    if not (above and below):
-        raise ValueError(f"{name} must lie in {interval}, got {value}")
+    check_interval(name, x, interval)
     return number
+
+
+def check_interval(name: str, x: ArrayLike, interval: str | None) -> None:
+    if interval is None or isinstance(x, jax.core.Tracer):
+        return
+    values, (low, high) = np.ravel(np.asarray(x)), map(float, interval[1:-1].split(","))
+    above = values > low if interval[0] == "(" else values >= low
+    below = values < high if interval[-1] == ")" else values <= high
+    outside = values[~(above & below)]
+    if outside.size:
+        raise ValueError(f"{name} must lie in {interval}, got {float(outside[0])}")
 
 
 def class_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from . import _axis, _chunks, _cpu, _gpu, _rows
+from . import _axis, _chunks, _cpu, _divergence, _gpu, _rows
 from ._axis import AxisName
 from ._chunks import Loop
 from ._rows import Rows
@@ -54,8 +54,9 @@ class Operation(NamedTuple):
     """A function of `Rows` and of arrays of their rank."""
 
     plain: Callable
-    num_statistics: int = 0  # results that are [N, 1], and one more with a mask; 0 for a cotangent
+    num_statistics: int = 0  # results that are [N, 1]; 0 for a cotangent
     sums: Callable | None = None  # what statistics are, given the maximum: for their derivative
+    tells_kept: bool = False  # with a mask, is there one result more?
 
     @property
     def name(self) -> str:
@@ -71,35 +72,48 @@ def _bind(operation: Operation, rows: Rows, *args: Any) -> Any:
     def bind(*leaves):
         return _primitive(operation).bind(*_axis.vary_alike(*leaves), tree=tree)
 
-    sharding, ndim = jax.typeof(rows.logits).sharding, rows.logits.ndim
-    if sharding.mesh.explicit_axes:
-        # The compiler lays out what is between the arguments and the results; those follow the logits.
-        spec = spec_of(sharding, ndim)
-        of_row = [None if axis - ndim in rows.axes else s for axis, s in enumerate(spec)]
-        specs = _results(operation, rows, spec, of_row)
-        out = [NamedSharding(sharding.mesh, PartitionSpec(*x)) for x in specs]
-        bind = jax.sharding.auto_axes(bind, out_sharding=out)
-    out = bind(*leaves)
+    out = laid_out(rows, bind, functools.partial(_results, operation, rows))(*leaves)
     if operation.num_statistics:
         return out
-    softcap = jnp.sum(out[1], keepdims=True) if rows.softcap is not None else None
-    return dataclasses.replace(rows, logits=out[0], softcap=softcap, mask=None, first_class=None)
+    softcap, temperature = _rows.of_row(rows, out[1:])
+    return dataclasses.replace(
+        rows, logits=out[0], mask=None, softcap=softcap, temperature=temperature, first_class=None
+    )
+
+
+def laid_out(rows: Rows, function: Callable, results: Callable[[Any, Any], Any]) -> Callable:
+    """`function`, on a mesh with explicit axes too: there its results follow the logits, and the
+    compiler lays out what is between. `results` gives the tree of them, from what stands for [N, V] and
+    for [N, 1]."""
+    sharding, ndim = jax.typeof(rows.logits).sharding, rows.logits.ndim
+    if not sharding.mesh.explicit_axes:
+        return function
+    spec = spec_of(sharding, ndim)
+    of_row = [None if axis - ndim in rows.axes else s for axis, s in enumerate(spec)]
+    on = [NamedSharding(sharding.mesh, PartitionSpec(*x)) for x in (spec, of_row)]
+    return jax.sharding.auto_axes(function, out_sharding=results(*on))
 
 
 # Statistics, [N, 1] each; and the cotangent of the rows.
-label_statistics = functools.partial(_bind, Operation(_rows.label_statistics, 3, _rows.label_sums))
-target_statistics = functools.partial(
-    _bind, Operation(_rows.target_statistics, 4, _rows.target_sums)
+label_statistics = functools.partial(
+    _bind, Operation(_rows.label_statistics, 3, _rows.label_sums, tells_kept=True)
 )
+target_statistics = functools.partial(
+    _bind, Operation(_rows.target_statistics, 4, _rows.target_sums, tells_kept=True)
+)
+spread = functools.partial(_bind, Operation(_rows.spread, 1))
 label_cotangent = functools.partial(_bind, Operation(_rows.label_cotangent))
 target_cotangent = functools.partial(_bind, Operation(_rows.target_cotangent))
+divergence_sums = functools.partial(_bind, Operation(_divergence.divergence_sums, 2))
+divergence_cotangent = functools.partial(_bind, Operation(_divergence.divergence_cotangent))
 
 
 def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> list[Any]:
     """One entry for each result: `of_logits` for [N, V], `of_row` for [N, 1]."""
     if operation.num_statistics:
-        return [of_row] * (operation.num_statistics + (rows.mask is not None))
-    return [of_logits] if rows.softcap is None else [of_logits, of_row]
+        tells_kept = operation.tells_kept and rows.mask is not None
+        return [of_row] * (operation.num_statistics + tells_kept)
+    return [of_logits] + [of_row] * sum(x is not None for x in (rows.softcap, rows.temperature))
 
 
 @functools.cache
@@ -239,6 +253,8 @@ def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Ro
     rows = dataclasses.replace(rows, first_class=first_class.reshape((1,) * rows.logits.ndim))
     if not operation.num_statistics:
         return form(rows, *args)
+    if operation.sums is None:  # given the maximum of whole rows
+        return tuple(_axis.total(axis_name, x) for x in form(rows, *args))
     return _rows.whole_statistics(rows, args[0], axis_name, form)
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _chunks, _layout, _rows, native
+from . import _chunks, _divergence, _layout, _rows, native
 from ._chunks import Loop, Size
-from ._elementary import exp_difference, from_bits, soft_cap, to_bits
+from ._elementary import exp_difference, from_bits, to_bits
 from ._rows import Rows, Statistics, Targets
 
 _LONG_ROW = 256  # so many classes and more are read in blocks
@@ -37,9 +37,16 @@ def supports(operation: str, rows: Rows, *args: Any) -> bool:
     # To a kernel, a class id of another device is a bad one.
     ids_are_here = rows.first_class is None or all(x.ids is None for x in targets)
     shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
+    has_slope = operation.endswith("cotangent") and args[-1] is not None
+    if operation.startswith("divergence"):
+        both = (rows, args[0])
+        is_plain = all(x.is_raw and x.mask is None and x.logits.dtype == jnp.float32 for x in both)
+        return is_plain and not has_slope and native.status().available
     return (
         _layout.is_16_or_32_bit(rows, targets)
-        and rows.softcap is None
+        and rows.is_raw
+        and not (has_slope and targets)
+        and all(x.ids is not None or x.dense is not None for x in targets)
         and ids_are_here
         and all(math.prod(_layout.batch(rows, x)) == 1 for x in shared)
         and native.status().available
@@ -56,17 +63,54 @@ def _statistics(kernel: str, count: int, rows: Rows, labels: Array | Targets) ->
     return *(x.reshape(rows.row_shape) for x in out), *_rows.keeps_class(rows)
 
 
-def _cotangent(kernel: str, rows: Rows, labels: Array | Targets, *args: Array) -> list[Array]:
+def _cotangent(kernel: str, rows: Rows, labels: Array | Targets, *args: Any) -> list[Array]:
     """Written over the logits. If those were reshaped just before, XLA's layout assignment would copy
     them for it; the barrier keeps it from that."""
     logits = lax.optimization_barrier(_layout.flat(rows, rows.logits))
-    operands = *_operands(rows, labels), *(_layout.of_rows(rows, x) for x in args)
+    *of_row, slope = args
+    operands = *_operands(rows, labels), *(_layout.of_rows(rows, x) for x in of_row)
+    if not isinstance(labels, Targets):
+        none = jnp.zeros(0, jnp.float32)
+        operands += (none if slope is None else _layout.of_rows(rows, slope),)
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call(f"jax_sce.{kernel}", result, input_output_aliases={0: 0})
     return [_layout.as_laid_out(rows, call(logits, _mask_operand(rows), *operands))]
 
 
+def _spread(rows: Rows, highest: Array) -> tuple[Array]:
+    logits = _layout.flat(rows, rows.logits)
+    result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.float32)
+    call = jax.ffi.ffi_call("jax_sce.spread", result)
+    return (
+        call(logits, _mask_operand(rows), _layout.of_rows(rows, highest)).reshape(rows.row_shape),
+    )
+
+
+def _both(rows: Rows, teacher: Rows, args: Any) -> list[Array]:
+    """The operands of a divergence."""
+    logits = (_layout.flat(rows, x.logits) for x in (rows, teacher))
+    return [*logits, *(_layout.of_rows(rows, x) for x in args)]
+
+
+def _divergence_sums(rows: Rows, teacher: Rows, *args: Array) -> tuple[Array, ...]:
+    operands = _both(rows, teacher, args)
+    results = [jax.ShapeDtypeStruct(operands[0].shape[:1], jnp.float32)] * 2
+    out = jax.ffi.ffi_call("jax_sce.divergence_sums", results)(*operands)
+    return tuple(x.reshape(rows.row_shape) for x in out)
+
+
+def _divergence_cotangent(rows: Rows, teacher: Rows, *args: Any) -> list[Array]:
+    """Written over the logits: see `_cotangent`."""
+    logits, *operands = _both(rows, teacher, args[:-1])
+    result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+    call = jax.ffi.ffi_call("jax_sce.divergence_cotangent", result, input_output_aliases={0: 0})
+    return [_layout.as_laid_out(rows, call(lax.optimization_barrier(logits), *operands))]
+
+
 KERNELS: dict[str, Callable] = {
+    "spread": _spread,
+    "divergence_sums": _divergence_sums,
+    "divergence_cotangent": _divergence_cotangent,
     "label_statistics": partial(_statistics, "label_statistics", 3),
     "label_cotangent": partial(_cotangent, "label_cotangent"),
     "target_statistics": partial(_statistics, "target_statistics", 4),
@@ -103,8 +147,8 @@ def _mask_operand(rows: Rows) -> Array:
 
 
 def _label_statistics_form(rows: Rows, labels: Array) -> tuple[Array, ...]:
-    stats, uncapped = _max_and_tail(rows)
-    at_label = _rows.capped_at(rows, rows.at(labels), stats.max, uncapped)
+    stats, largest = _max_and_tail(rows)
+    at_label = _rows.value_at(rows, rows.at(labels), stats.max, largest)
     return *stats, at_label, *_rows.keeps_class(rows)
 
 
@@ -119,8 +163,8 @@ def _on_its_own(cotangent: Callable) -> Callable:
     and write its exponentials to an array, to compute them once."""
 
     def form(*args):
-        of_logits, *of_softcap = cotangent(*args)
-        return [lax.optimization_barrier(of_logits), *of_softcap]
+        of_logits, *of_row = cotangent(*args)
+        return [lax.optimization_barrier(of_logits), *of_row]
 
     return form
 
@@ -130,39 +174,43 @@ FORMS: dict[str, Callable] = {
     "label_cotangent": _on_its_own(_rows.label_cotangent),
     "target_statistics": _target_statistics_form,
     "target_cotangent": _on_its_own(_rows.target_cotangent),
+    "divergence_cotangent": _on_its_own(_divergence.divergence_cotangent),
 }
 
 
 def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
-    """The statistics, [N, 1], and with a soft-cap the maximum before it.
+    """The statistics, [N, 1], and the largest raw logit, if values are not raw.
 
     The barrier here and in `_target_statistics_form` hides one reading of the logits from the next:
     16-bit logits that are widened for two readers, XLA for CPU would write as float32."""
-    mask, softcap = rows.mask, rows.softcap
+
+    def of_row(x: Array | None) -> Array | None:
+        return None if x is None else x.reshape(*_layout.batch(rows, x), 1)
+
     last = Rows(
         _layout.classes_last(rows, lax.optimization_barrier(rows.logits)),
-        None if mask is None else _layout.classes_last(rows, mask),
-        None if softcap is None else softcap.reshape(*_layout.batch(rows, softcap), 1),
-        None,
         (-1,),
+        None if rows.mask is None else _layout.classes_last(rows, rows.mask),
+        of_row(rows.softcap),
+        of_row(rows.temperature),
     )
-    is_long = mask is None and rows.num_classes >= _LONG_ROW
-    (highest, tail), uncapped = (_in_blocks if is_long else _at_once)(last)
-    highest, tail, uncapped = (x.reshape(rows.row_shape) for x in (highest, tail, uncapped))
-    return Statistics(highest, tail), None if softcap is None else uncapped
+    is_long = rows.mask is None and rows.num_classes >= _LONG_ROW
+    (highest, tail), largest = (_in_blocks if is_long else _at_once)(last)
+    highest, tail, largest = (x.reshape(rows.row_shape) for x in (highest, tail, largest))
+    return Statistics(highest, tail), None if rows.is_raw else largest
 
 
 def _at_once(rows: Rows) -> tuple[Statistics, Array]:
-    """The statistics of rows with the classes last, and the maximum before the soft-cap, [N...] each:
-    XLA for CPU is slow on [N, 1]."""
-    uncapped = jnp.max(rows.masked(rows.uncapped(rows.logits)), axis=-1)
+    """The statistics of rows with the classes last, and the largest raw logit, [N...] each: XLA for CPU
+    is slow on [N, 1]."""
+    largest = jnp.max(rows.masked(rows.raw(rows.logits)), axis=-1)
     z = rows.values()
     highest = jnp.max(z, axis=-1)
     # One entry at the maximum is left out by its place: ties count, and nothing hangs on an equality.
     is_first = _is_place(z, jnp.argmax(z, axis=-1))
     # NaN if it is infinite or NaN, which XLA's maximum on CPU may pass over.
     others = jnp.where(is_first, z - z, exp_difference(z, highest[..., None]))
-    return Statistics(highest, jnp.sum(others, axis=-1)), uncapped
+    return Statistics(highest, jnp.sum(others, axis=-1)), largest
 
 
 def _is_place(x: Array, place: Array) -> Array:
@@ -171,12 +219,14 @@ def _is_place(x: Array, place: Array) -> Array:
     return places == place[..., None].astype(jnp.int32)
 
 
-def _capped(rows: Rows, x: Array) -> Array:
-    """Of some logits of each row, [N..., ...]."""
-    if rows.softcap is None:
-        return x
-    softcap = rows.softcap[..., 0]
-    return soft_cap(x, softcap.reshape(softcap.shape + (1,) * (x.ndim - softcap.ndim)))
+def _of_raw(rows: Rows, x: Array) -> Array:
+    """The values of some raw logits of each row, [N..., ...]."""
+
+    def like(y: Array | None) -> Array | None:
+        return None if y is None else y.reshape(*y.shape[:-1], *(1,) * (x.ndim - y.ndim + 1))
+
+    softcap, temperature = like(rows.softcap), like(rows.temperature)
+    return dataclasses.replace(rows, softcap=softcap, temperature=temperature).of_raw(x)
 
 
 def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
@@ -209,18 +259,18 @@ def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
     maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))
     home = jnp.argmax(maxima, axis=-1)
     is_home = _is_place(maxima, home)
-    uncapped = rows.uncapped(jnp.max(maxima, axis=-1))
+    largest = rows.raw(jnp.max(maxima, axis=-1))
     second = jnp.max(jnp.where(is_home, -jnp.inf, maxima), axis=-1).astype(rows.dtype)
-    highest, second = _capped(rows, uncapped), _capped(rows, second)
+    highest, second = _of_raw(rows, largest), _of_raw(rows, second)
     second = jnp.where(jnp.isneginf(second), highest, second)
     # Each step bound to the last: the memory of one is free in the next, and the blocks are read again.
     blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))
     tail = part(lax.optimization_barrier(_take_block(blocks, home)))[0].tail
     blocks, second, tail = lax.optimization_barrier((blocks, second, tail))
-    wide = _capped(rows, blocks.astype(rows.dtype))
+    wide = _of_raw(rows, blocks.astype(rows.dtype))
     sums = jnp.sum(jnp.exp(wide - second[..., None, None]), axis=-1)
     others = jnp.sum(jnp.where(is_home, 0, sums), axis=-1)
-    return Statistics(highest, tail + others * exp_difference(second, highest)), uncapped
+    return Statistics(highest, tail + others * exp_difference(second, highest)), largest
 
 
 def _take_block(blocks: Array, index: Array) -> Array:

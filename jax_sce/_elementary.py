@@ -1,18 +1,45 @@
 """Functions of numbers whose rounding or whose derivative is written by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 
+def difference(a: Array, b: Array) -> tuple[Array, Array]:
+    """`a - b`, and what its rounding lost; nothing where it is not finite."""
+    rounded = a - b
+    finite = jnp.isfinite(rounded)
+    a, b, known = (jnp.where(finite, x, 0) for x in (a, b, rounded))
+    shift = known - a
+    return rounded, (a - (known - shift)) - (b + shift)  # exact: Knuth's two-sum
+
+
 def exp_difference(a: Array, b: Array) -> Array:
     """`exp(a - b)`, without the error of rounding `a - b`, which grows with the difference."""
-    difference = a - b
-    finite = jnp.isfinite(difference)
-    a, b, rounded = (jnp.where(finite, x, 0) for x in (a, b, difference))
-    shift = rounded - a
-    error = (a - (rounded - shift)) - (b + shift)  # exact: Knuth's two-sum
-    return jnp.exp(difference) * (1 + error)
+    rounded, error = difference(a, b)
+    return jnp.exp(rounded) * (1 + error)
+
+
+def expm1_remainder(x: Array) -> Array:
+    """`e^{-x} - 1 + x` by its series, for |x| of at most 3/2, where it would cancel."""
+    terms = 22 if x.dtype == jnp.float64 else 13  # the next one is below a rounding
+    series = jnp.zeros_like(x)
+    for n in range(terms, 1, -1):
+        series = series * -x + 1 / math.factorial(n)
+    return series * jnp.square(x)
+
+
+def exp_below(x: Array, highest: Array) -> tuple[Array, Array]:
+    """`exp(x - highest)`, without the error of rounding that, and `x - highest`, for x that is not
+    larger. Where the one is 0 anyway, the other is -1000 at least. It is arithmetic alone: where
+    anything is selected or compared, XLA for CPU writes an array before it sums."""
+    x = jnp.maximum(x, highest - 1000)
+    distance = below(x, highest)
+    shift = distance - x
+    error = (x - (distance - shift)) - (highest + shift)
+    return jnp.exp(distance) * (1 + error), distance
 
 
 @jax.custom_jvp
@@ -47,6 +74,21 @@ def _soft_cap_jvp(primals, tangents):
     by_x = jnp.where(known, slope, 0)
     by_cap = jnp.where(known, jnp.tanh(ratio) - jnp.where(slope == 0, 0, ratio * slope), 0)
     return soft_cap(x, cap), x_dot * by_x + cap_dot * by_cap
+
+
+@jax.custom_jvp
+def temper(x: Array, temperature: Array) -> Array:
+    """`x / temperature`, whose derivative by the temperature leaves out what is not finite: an absent
+    class has none, and a row that does not count must stay at 0."""
+    return x / temperature
+
+
+@temper.defjvp
+def _temper_jvp(primals, tangents):
+    (x, temperature), (x_dot, temperature_dot) = primals, tangents
+    out = temper(x, temperature)
+    by_temperature = jnp.where(jnp.isfinite(out), out, 0) / temperature
+    return out, x_dot / temperature - temperature_dot * by_temperature
 
 
 @jax.custom_jvp

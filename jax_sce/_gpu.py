@@ -47,6 +47,8 @@ _MARGIN = 4.0
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
     """Is there a kernel for these, arrays or their shapes?"""
     targets = [x for x in args if isinstance(x, Targets)]
+    if any(x.ids is None and x.dense is None for x in targets):
+        return False
     if _rows.is_minor(rows):
         fits = rows.num_classes >= _LONG_ROW
     else:
@@ -114,7 +116,8 @@ def _statistics(
 ) -> tuple[Array, ...]:
     from jax.experimental import pallas as pl
 
-    arrays |= {"logit": rows.logits, "mask": rows.mask, "softcap": rows.softcap}
+    arrays |= {"logit": rows.logits, "mask": rows.mask}
+    arrays |= {"softcap": rows.softcap, "temperature": rows.temperature}
     operands = {
         name: _AS_OPERAND.get(name, of_rows)(rows, x) for name, x in arrays.items() if x is not None
     }
@@ -157,20 +160,29 @@ def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Arra
     num_classes, inner = rows.num_classes, _inner(rows)
     of_row = (math.prod(rows.row_shape) // inner, inner)
     operands = [rows.logits.reshape(of_row[0], num_classes, inner)]
-    operands += [of_rows(rows, x).reshape(of_row) for x in (labels, rows.softcap) if x is not None]
+    given = {"softcap": rows.softcap, "temperature": rows.temperature}
+    names = [name for name, x in given.items() if x is not None]
+    operands += [
+        of_rows(rows, x).reshape(of_row) for x in (labels, *given.values()) if x is not None
+    ]
 
     def kernel(logits, labels, *refs):
         lanes = pl.program_id(1) * _COLUMN_LANES + jnp.arange(_COLUMN_LANES, dtype=jnp.int32)
         place, exists = pl.ds(pl.program_id(1) * _COLUMN_LANES, _COLUMN_LANES), lanes < inner
         label = triton.load(labels.at[place], mask=exists, other=0)
-        softcap, results = refs[:-4], refs[-4:]
+        results = refs[-4:]
+        options = {
+            name: triton.load(ref.at[place], mask=exists, other=1.0)
+            for name, ref in zip(names, refs, strict=False)
+        }
 
         def step(i, carry):
             highest, reference, others, at_label = carry
             x = triton.load(logits.at[i, place], mask=exists, other=0.0).astype(jnp.float32)
-            if softcap:
-                cap = triton.load(softcap[0].at[place], mask=exists, other=1.0)
-                x = cap * jnp.tanh(x / cap)
+            if "softcap" in options:
+                x = options["softcap"] * jnp.tanh(x / options["softcap"])
+            if "temperature" in options:
+                x = x / options["temperature"]
             return *_add(x, highest, reference, others), jnp.where(i == label, x, at_label)
 
         init = (-jnp.inf, float(jnp.finfo(jnp.float32).min), 0.0, -jnp.inf)
@@ -198,7 +210,8 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     lanes = jnp.arange(_LANES, dtype=jnp.int32)
     has_targets = "uniform" in inputs
     # A logit that is stored can be read again; one that is computed is picked as it passes.
-    picks_label = not has_targets and ("softcap" in inputs or "mask" in inputs)
+    is_computed = not inputs.keys().isdisjoint(("softcap", "temperature", "mask"))
+    picks_label = not has_targets and is_computed
 
     def load(name: str, start: Array, other: Any) -> Array:
         is_class = start + lanes < num_classes
@@ -210,6 +223,8 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
         if "softcap" in inputs:
             cap = inputs["softcap"][0]
             x = jnp.where(start + lanes < num_classes, cap * jnp.tanh(x / cap), -jnp.inf)
+        if "temperature" in inputs:
+            x = x / inputs["temperature"][0]
         return jnp.where(load("mask", start, False), x, -jnp.inf) if "mask" in inputs else x
 
     def target(start: Array) -> Array:

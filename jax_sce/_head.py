@@ -16,10 +16,12 @@ from jax import Array, lax
 
 from . import _axis, _chunks, _cross_entropy
 from ._arguments import Options
+from ._aux import NO_RANK, CrossEntropyAux, aux_of
 from ._chunks import Loop, Plan, Size
-from ._cross_entropy import CrossEntropyAux
 from ._elementary import from_bits, to_bits
 from ._rows import Rows, compute_dtype
+from ._targets import Sparse, Teacher
+from ._teacher import TeacherRows
 from ._weighting import Losses, only
 
 
@@ -31,14 +33,16 @@ class Inputs:
 
     hidden: Array  # [N..., D]
     kernel: Array  # [D, V], in the dtype of the products, `hidden.dtype`, or a wider one
-    labels: Array  # class ids, [N...], -1 for a bad one; or distributions, [N..., V]
+    # class ids, [N...], -1 for a bad one; distributions, [N..., V]; or several classes, or a teacher
+    labels: Array | Sparse | Teacher
     bias: Array | None  # [V]
     options: Options
     exists: Array | None = None  # bool, [1, V]: False for classes that only pad a device's part
 
     @property
     def has_ids(self) -> bool:
-        return self.labels.ndim < self.hidden.ndim
+        labels = self.labels  # or shapes in place of arrays
+        return not isinstance(labels, Sparse | Teacher) and labels.ndim < self.hidden.ndim
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -57,14 +61,26 @@ class Inputs:
     def arrays(self) -> dict[str, Array]:
         """The arguments that there are, by name."""
         own = {name: getattr(self, name) for name in _OWN}
+        if parts := self._parts_of_labels():
+            del own["labels"]
+            own |= {f"labels.{name}": getattr(self.labels, name) for name in parts}
         return {name: x for name, x in own.items() if x is not None} | self.options.arrays()
 
     def having(self, arrays: dict[str, Any]) -> "Inputs":
         """The same with other arrays: those, by name, and None for all others."""
-        own = {name: arrays.get(name) for name in _OWN}
+        own: dict[str, Any] = {name: arrays.get(name) for name in _OWN}
+        parts = {name: arrays.get(f"labels.{name}") for name in self._parts_of_labels()}
+        if parts:
+            own["labels"] = dataclasses.replace(self.labels, **parts)  # type: ignore[type-var]
         of_options = {name: arrays.get(name) for name in self.options.arrays()}
         options = dataclasses.replace(self.options, **of_options)  # type: ignore[arg-type]
-        return Inputs(**own, options=options, exists=self.exists)  # type: ignore[arg-type]
+        return Inputs(**own, options=options, exists=self.exists)
+
+    def _parts_of_labels(self) -> tuple[str, ...]:
+        if not isinstance(self.labels, Sparse | Teacher):
+            return ()
+        fields = dataclasses.fields(self.labels)
+        return tuple(x.name for x in fields if not x.metadata.get("static"))
 
     def map_examples(self, function) -> "Inputs":
         """`function` of what each example has of its own."""
@@ -73,7 +89,10 @@ class Inputs:
 
 
 _OWN = ("hidden", "kernel", "labels", "bias")
-OF_EXAMPLES = ("hidden", "labels", "valid", "weights")
+OF_EXAMPLES = (
+    "hidden", "labels", "valid", "weights", "temperature",
+    "labels.ids", "labels.values", "labels.hidden", "labels.temperature",
+)  # fmt: skip
 
 
 class Values(NamedTuple):
@@ -83,12 +102,41 @@ class Values(NamedTuple):
     aux: CrossEntropyAux
 
 
+class Cotangents(NamedTuple):
+    """Of the values, in the same shapes."""
+
+    loss: Array
+    log_normalizer: Array
+    entropy: Array | None = None  # None if it is not used
+
+
+def values_like(inputs: Inputs, number: Any, place: Any) -> Values:
+    """`number` and `place` for each float and integer of the values."""
+    asked = inputs.options.return_aux
+    has_teacher = isinstance(inputs.labels, Teacher)
+    return Values(
+        number,
+        CrossEntropyAux(
+            log_normalizer=number,
+            prediction=place,
+            entropy=number if asked else None,  # type: ignore[arg-type]
+            rank=place if asked and inputs.has_ids else None,
+            teacher_entropy=number if asked and has_teacher else None,
+        ),
+    )
+
+
 def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
     """The values of examples that do not count."""
     axes = _axis.varying(inputs.kernel) - _axis.names(inputs.options.axis_name)
-    zeros = _axis.vary(jnp.zeros(shape, inputs.dtype), axes)
-    none = _axis.vary(jnp.full(shape, -1, jnp.int32), axes)
-    return Values(zeros, CrossEntropyAux(zeros, none))
+
+    def full(x, dtype):
+        return _axis.vary(jnp.full(shape, x, dtype), axes)
+
+    values = values_like(inputs, full(0, inputs.dtype), full(-1, jnp.int32))
+    if values.aux.rank is None:
+        return values
+    return values._replace(aux=values.aux._replace(rank=full(NO_RANK, jnp.int32)))
 
 
 def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
@@ -111,26 +159,35 @@ def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
     return dataclasses.replace(chunk, hidden=hidden, options=options)
 
 
-def _logits(chunk: Inputs) -> Array:
-    logits = _chunks.dot(chunk.hidden, chunk.narrowed().kernel, chunk.options.precision)
-    return logits if chunk.bias is None else logits + chunk.bias.astype(logits.dtype)[None]
+def _logits(head: Inputs | Teacher, precision: Any) -> Array:
+    logits = _chunks.dot(head.hidden, head.kernel, precision)
+    return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
 
-def _rows(chunk: Inputs, logits: Array) -> Rows:
-    rows = _cross_entropy.rows_of(logits, (-1,), chunk.options)
+def _rows(chunk: Inputs, logits: Array, head: Options | Teacher) -> Rows:
+    """Of the student, by its options, or of the teacher."""
+    options = chunk.options
+    rows = _cross_entropy.rows_of(logits, (-1,), options.axis_name, head.softcap, head.temperature)
     return rows if chunk.exists is None else dataclasses.replace(rows, mask=chunk.exists)
 
 
 def _losses(chunk: Inputs, logits: Array) -> Losses:
-    return _cross_entropy.losses(_rows(chunk, logits), chunk.labels, chunk.options)
-
-
-def _aux(chunk: Inputs, logits: Array, log_normalizer: Array) -> CrossEntropyAux:
+    labels: Any = chunk.labels
     options = chunk.options
-    if not options.return_aux:
-        return CrossEntropyAux(log_normalizer, nothing(chunk, log_normalizer.shape).aux.prediction)
-    prediction = _cross_entropy.prediction(_rows(chunk, logits), options.counts)
-    return CrossEntropyAux(log_normalizer, prediction)
+    if isinstance(labels, Teacher):
+        of_teacher = _rows(chunk, _logits(labels, options.precision), labels)
+        labels = TeacherRows(of_teacher, labels.divergence)
+    return _cross_entropy.losses(_rows(chunk, logits, options), labels, options)
+
+
+def _values(chunk: Inputs, logits: Array, losses: Losses) -> Values:
+    if chunk.options.return_aux:
+        rows = _rows(chunk, logits, chunk.options)
+        ids: Any = chunk.labels if chunk.has_ids else None
+        return Values(losses.loss, aux_of(rows, ids, losses, chunk.options.counts))
+    values = nothing(chunk, losses.loss.shape)
+    aux = values.aux._replace(log_normalizer=losses.log_normalizer)
+    return Values(losses.loss, aux)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -155,7 +212,11 @@ def values_forward(loop: Loop, inputs: Inputs) -> Values:
 
 def _wide(arrays: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
     """What all examples share in the dtype of sums."""
-    return {k: x if k in OF_EXAMPLES else x.astype(dtype) for k, x in arrays.items()}
+    of_labels = "labels."  # a teacher's, which are not differentiated
+    return {
+        k: x if k in OF_EXAMPLES or k.startswith(of_labels) else x.astype(dtype)
+        for k, x in arrays.items()
+    }
 
 
 def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
@@ -172,10 +233,9 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 
     @jax.checkpoint
     def of_chunk(inputs, ids):
-        chunk = _chunk(loop, plan, inputs, ids)
-        logits = _logits(chunk)
-        losses = _losses(chunk, logits)
-        return Values(losses.loss, _aux(chunk, logits, losses.log_normalizer))
+        chunk = _chunk(loop, plan, inputs, ids).narrowed()
+        logits = _logits(chunk, chunk.options.precision)
+        return _values(chunk, logits, _losses(chunk, logits))
 
     def step(_, start):
         here = lax.dynamic_slice_in_dim(ids, start, plan.chunk, axis=1)
@@ -195,13 +255,13 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def gradients(
-    wanted: frozenset[str], loop: Loop, inputs: Inputs, g: tuple[Array, Array]
+    wanted: frozenset[str], loop: Loop, inputs: Inputs, g: Cotangents
 ) -> tuple[Values, dict[str, Array]]:
     """The values, and the cotangents of those arrays of the inputs that are wanted, by name: of
     examples in their own dtype, and of the others, which are summed up, in the compute dtype. `g` are
-    the cotangents of losses and log-normalizers, [N...]."""
+    the cotangents of the values, [N...]."""
     given, (plan, inputs) = inputs, _plan(loop, loop.gradients, inputs)
-    options, (g_loss, g_log_normalizer) = inputs.options, (x.reshape(plan.shape) for x in g)
+    options, g = inputs.options, jax.tree.map(lambda x: x.reshape(plan.shape), g)
     worked_on = options.valid if "weights" in wanted else options.counts
     order, most = _chunks.order(plan, worked_on)
     arrays = {k: x for k, x in inputs.arrays().items() if k in wanted}
@@ -212,8 +272,8 @@ def gradients(
         values, shared, own = carry
         ids = lax.dynamic_slice_in_dim(order, start, size, axis=1)
         chunk = _chunk(loop, plan, inputs, ids)
-        g = loop.take(g_loss, ids), loop.take(g_log_normalizer, ids)
-        new, shared, of_chunk = _add_chunk(loop, wanted, chunk, g, shared)
+        of_values = jax.tree.map(lambda x: loop.take(x, ids), g)
+        new, shared, of_chunk = _add_chunk(loop, wanted, chunk, of_values, shared)
         return (
             jax.tree.map(lambda x, rows: _chunks.put(x, ids, rows), values, new),
             shared,
@@ -246,7 +306,7 @@ def _gradients_jvp(wanted, loop, primals, tangents):
 
         def values(moving):
             values = values_forward(loop, inputs.having(arrays | moving))
-            return (values.loss, values.aux.log_normalizer), values
+            return _differentiated(g, values.loss, values.aux), values
 
         moving = {k: x for k, x in arrays.items() if k in wanted}
         _, vjp, out = jax.vjp(values, moving, has_aux=True)
@@ -262,26 +322,33 @@ def _zeros(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _add_chunk(
-    loop: Loop, wanted: frozenset[str], chunk: Inputs, g: tuple[Array, Array],
+    loop: Loop, wanted: frozenset[str], chunk: Inputs, g: Cotangents,
     shared: dict[str, Array],
 ) -> tuple[Values, dict[str, Array], dict[str, Array]]:  # fmt: skip
     """The values of a chunk, `shared` with its part added, and the cotangents of its examples. The loss
     gives that of the logits, and matrix products carry it on."""
-    logits, arrays = _logits(chunk), chunk.arrays()
+    logits, arrays = _logits(chunk, chunk.options.precision), chunk.arrays()
     inner = {k: arrays[k] for k in wanted - {"hidden", "kernel", "bias"}}
 
-    def losses(logits, inner):
-        return _losses(chunk.having(arrays | inner), logits)[:2]
+    def of_logits(logits, inner):
+        losses = _losses(chunk.having(arrays | inner), logits)
+        return _differentiated(g, losses.loss, losses), losses
 
-    (loss, log_normalizer), vjp = jax.vjp(losses, logits, inner)
-    of_logits, of_chunk = vjp(_axis.divided_cotangent(chunk.options.axis_name, g))
+    _, vjp, losses = jax.vjp(of_logits, logits, inner, has_aux=True)
+    g_logits, of_chunk = vjp(_axis.divided_cotangent(chunk.options.axis_name, g))
     if "bias" in wanted:
-        of_chunk["bias"] = jnp.sum(of_logits, axis=0)
+        of_chunk["bias"] = jnp.sum(g_logits, axis=0)
     of_hidden, of_kernel = loop.products(
-        chunk.hidden, chunk.kernel, of_logits, shared.get("kernel"), "hidden" in wanted,
+        chunk.hidden, chunk.kernel, g_logits, shared.get("kernel"), "hidden" in wanted,
         chunk.options.precision)  # fmt: skip
     if of_hidden is not None:
         counts = chunk.options.counts
         of_chunk["hidden"] = only(None if counts is None else counts[:, None], of_hidden)
     added = {k: of_kernel if k == "kernel" else x + of_chunk[k] for k, x in shared.items()}
-    return Values(loss, _aux(chunk, logits, log_normalizer)), added, of_chunk
+    return _values(chunk, logits, losses), added, of_chunk
+
+
+def _differentiated(g: Cotangents, loss: Array, others: Any) -> Cotangents:
+    """The values that there are cotangents of."""
+    entropy = None if g.entropy is None else others.entropy
+    return Cotangents(loss, others.log_normalizer, entropy)

@@ -21,49 +21,49 @@ from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _arguments, _axis, _head, _partition
+from . import _arguments, _axis, _cross_entropy, _head, _partition
+from ._aux import CrossEntropyAux
 from ._axis import AxisName
-from ._cross_entropy import CrossEntropyAux
-from ._head import Inputs, Values
-from ._label_check import class_index
+from ._head import Cotangents, Inputs, Values
+from ._targets import Sparse, Teacher
 from ._weighting import mean_weights, reduce_losses
 
 
 # fmt: off
 @overload
 def linear_softmax_cross_entropy(
-    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, *, bias: ArrayLike | None = None,
-    ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
+    bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
-    return_aux: Literal[False] = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
+    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
+    precision: PrecisionLike = None, return_aux: Literal[False] = False, forward_mode: bool = False,
 ) -> Array: ...
 
 
 @overload
 def linear_softmax_cross_entropy(
-    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, *, bias: ArrayLike | None = None,
-    ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
+    bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
-    return_aux: Literal[True], forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
+    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
+    precision: PrecisionLike = None, return_aux: Literal[True], forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
 
 
 def linear_softmax_cross_entropy(
-    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, *, bias: ArrayLike | None = None,
-    ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
+    bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
-    return_aux: bool = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
+    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
+    precision: PrecisionLike = None, return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, which are never held.
 
     The same as `softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias, labels)`, or
-    `softmax_cross_entropy` for distributions, with the logits accumulated in float32, in the memory of
+    `softmax_cross_entropy` for other labels, with the logits accumulated in float32, in the memory of
     one chunk of examples. With "mean" and "sum" the gradients are computed in the forward pass, as fast
     as with whole logits; with "none" the backward pass computes the logits once more. Examples that do
     not count, by `ignore_index` or a weight of 0, cost next to nothing; those of weight 0 only if the
@@ -79,7 +79,8 @@ def linear_softmax_cross_entropy(
       hidden: [N..., D], any floating dtype.
       kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
         Of two dtypes, the wider is that of the products, unless `dtype` says otherwise.
-      labels: [N...] integers in [0, V), or distributions [N..., V].
+      labels: [N...] integers in [0, V); distributions [N..., V]; a `Sparse`, some classes of each
+        example; or a `Teacher`, the softmax of another head.
       bias: [V].
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
       label_smoothing: e, a scalar in [0, 1].
@@ -88,9 +89,11 @@ def linear_softmax_cross_entropy(
         several.
       z_loss: A scalar; adds `z_loss * L**2` to each example, L its log-normalizer, not class-weighted.
       softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
+      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
+        divided by it. Differentiated.
       reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
-        `weights * class_weights[label]` of the examples that count (of `weights` for distributions),
-        and 0 if there are none.
+        `weights * class_weights[label]` of the examples that count (of `weights` if labels are not class
+        ids), and 0 if there are none.
       axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
         then the number of classes on this device; labels stay global, and the loss is that of whole
         rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
@@ -102,9 +105,9 @@ def linear_softmax_cross_entropy(
         kernel are rounded once for the products, and the kernel's gradient is summed and returned in
         float32.
       precision: Of the matrix products, as in `jax.numpy.dot`: None, "highest" and so on.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: 0 for examples that do not count, and a
-        prediction of -1. The log-normalizer is differentiated exactly; with "mean" and "sum" that takes
-        a second pass, if it is used.
+      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
+        differentiated exactly, predictions, and for class ids the labels' ranks. With "mean" and "sum"
+        the derivative of the first two, if it is used, computes the logits once more.
       forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
         `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
 
@@ -143,8 +146,8 @@ def linear_softmax_cross_entropy(
     checked = inputs(
         hidden, kernel, labels, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
-        reduction=reduction, axis_name=axis_name, forward_mode=forward_mode, return_aux=return_aux,
-        chunk_size=chunk_size, dtype=dtype, precision=precision)
+        temperature=temperature, reduction=reduction, axis_name=axis_name, forward_mode=forward_mode,
+        return_aux=return_aux, chunk_size=chunk_size, dtype=dtype, precision=precision)
     mesh = jax.typeof(checked.hidden).sharding.mesh
     if not mesh.explicit_axes:
         return loss_of(checked)
@@ -158,7 +161,7 @@ def linear_softmax_cross_entropy(
 
 
 def inputs(
-    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, *, bias: ArrayLike | None,
+    hidden: ArrayLike, kernel: ArrayLike, labels: Any, *, bias: ArrayLike | None,
     ignore_index: int | None, axis_name: AxisName, dtype: Any, **options: Any,
 ) -> Inputs:  # fmt: skip
     """The arguments of `linear_softmax_cross_entropy`, by those names."""
@@ -168,6 +171,33 @@ def inputs(
     dtype = _arguments.product_dtype(dtype, hidden, kernel)
     if bias is not None:
         bias = _arguments.array("bias", bias, "floating", (num_classes,))
+    labels, ignore_index, has_ids = _labels(labels, batch, num_classes, ignore_index)
+    if ignore_index is not None and not has_ids:
+        raise ValueError("ignore_index must be None for labels that are not class ids: use weights")
+    checked = _arguments.options(
+        dtype, batch, num_classes, ignore_index=ignore_index, axis_name=axis_name, **options
+    )
+    if has_ids:
+        checked = checked.where(_arguments.not_ignored(labels, checked.ignore_index))
+    if isinstance(labels, Teacher):
+        for name in ("label_smoothing", "class_weights"):
+            if getattr(checked, name) is not None:
+                raise ValueError(f"{name} must be left out with a Teacher, a softmax as it is")
+    count = num_classes * _axis.size(checked.axis_name)
+    labels = _cross_entropy.checked(labels, count, checked.counts, has_ids)
+    # A wider kernel is narrowed by the rule, so that its gradient is not.
+    kernel = kernel if kernel.dtype.itemsize >= dtype.itemsize else kernel.astype(dtype)
+    return Inputs(hidden.astype(dtype), kernel, labels, bias, checked)
+
+
+def _labels(
+    labels: Any, batch: tuple[int, ...], num_classes: int, ignore_index: int | None
+) -> tuple[Any, int | None, bool]:
+    """The labels and `ignore_index`, checked, and whether they are class ids."""
+    if isinstance(labels, Sparse):
+        return _arguments.sparse(labels, batch), ignore_index, False
+    if isinstance(labels, Teacher):
+        return _arguments.teacher(labels, batch, num_classes), ignore_index, False
     has_ids = _arguments.rank_of_labels(labels) == len(batch)
     labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index)
     if labels.shape != (batch if has_ids else (*batch, num_classes)):
@@ -175,18 +205,7 @@ def inputs(
             f"labels must have shape {batch}, class ids, or {(*batch, num_classes)}, distributions, "
             f"got {labels.shape}"
         )
-    if ignore_index is not None and not has_ids:
-        raise ValueError("ignore_index must be None for labels that are distributions")
-    checked = _arguments.options(
-        dtype, batch, num_classes, ignore_index=ignore_index, axis_name=axis_name, **options
-    )
-    if has_ids:
-        checked = checked.where(_arguments.not_ignored(labels, checked.ignore_index))
-        count = num_classes * _axis.size(checked.axis_name)
-        labels = class_index(labels, count, checked.counts)
-    # A wider kernel is narrowed by the rule, so that its gradient is not.
-    kernel = kernel if kernel.dtype.itemsize >= dtype.itemsize else kernel.astype(dtype)
-    return Inputs(hidden.astype(dtype), kernel, labels, bias, checked)
+    return labels, ignore_index, has_ids
 
 
 @functools.partial(jax.jit, inline=True)
@@ -206,7 +225,8 @@ def loss_of(inputs: Inputs) -> Any:
         loss, aux = _rule(sums, inputs)
     if options.reduction != "none":
         like = _head.nothing(inputs, inputs.batch).loss
-        weights = mean_weights(inputs.options, inputs.labels if inputs.has_ids else None, like)
+        ids: Any = inputs.labels if inputs.has_ids else None
+        weights = mean_weights(inputs.options, ids, like)
         loss = reduce_losses(loss, weights, options.reduction, options.batch_axis)
     return (loss, aux) if options.return_aux else loss
 
@@ -241,7 +261,7 @@ def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
     whole = NamedSharding(like.mesh, PartitionSpec())
     shardings: Any = of_examples if inputs.options.reduction == "none" else whole
     if inputs.options.return_aux:
-        shardings = (shardings, CrossEntropyAux(of_examples, of_examples))  # type: ignore[arg-type]
+        shardings = (shardings, _head.values_like(inputs, of_examples, of_examples).aux)
     return jax.sharding.auto_axes(loss_of, out_sharding=shardings)
 
 
@@ -251,7 +271,10 @@ def _varied(inputs: Inputs) -> Inputs:
     devices among which the classes are split, what meets the classes varies, and no loss does."""
     (inputs,) = _axis.vary_alike(inputs, but=inputs.options.axis_name)
     arrays = inputs.arrays()
-    names = ("hidden", "label_smoothing", "softcap")
+    names = (
+        "hidden", "label_smoothing", "softcap", "temperature",
+        "labels.hidden", "labels.softcap", "labels.temperature",
+    )  # fmt: skip
     _, met = _axis.vary_alike(inputs.kernel, {k: x for k, x in arrays.items() if k in names})
     return inputs.having(arrays | met)
 
@@ -286,7 +309,8 @@ def _fwd(sums, inputs):
     inputs = inputs.having({k: x.value for k, x in wrapped.items()})
     if sums:
         zeros = _head.nothing(inputs, inputs.batch).loss
-        values, gradients = _partition.gradients(wanted, inputs, (jnp.ones_like(zeros), zeros))
+        g = Cotangents(jnp.ones_like(zeros), zeros)
+        values, gradients = _partition.gradients(wanted, inputs, g)
     else:
         inputs = dataclasses.replace(inputs, kernel=_partition.kernel(inputs))
         values = _partition.values(inputs)
@@ -298,17 +322,23 @@ def _fwd(sums, inputs):
 def _bwd(sums, residuals, cotangents):
     inputs, arrays = residuals.inputs, residuals.inputs.arrays()
     gradients = {k: x for k, x in residuals.wanted.items() if x.shape != (0,)}
-    of_loss, of_log_normalizer = cotangents.loss, cotangents.aux.log_normalizer
-    is_scaled = sums and isinstance(of_log_normalizer, SymbolicZero)
+    aux = cotangents.aux
+    is_used = {k: not _is_zero(x) for k, x in aux._asdict().items()}
+    is_scaled = sums and not (is_used["log_normalizer"] or is_used["entropy"])
     zeros = _head.nothing(inputs, () if is_scaled else inputs.batch).loss
-    g = [zeros if isinstance(x, SymbolicZero) else zeros + x for x in (of_loss, of_log_normalizer)]
+    g = Cotangents(*(zeros if _is_zero(x) else zeros + x for x in (cotangents.loss, aux[0])))
+    if is_used["entropy"]:
+        g = g._replace(entropy=zeros + aux.entropy)
+    g = _axis.total_cotangent(inputs.options.axis_name, g)
     if is_scaled:
-        g_loss = _axis.total_cotangent(inputs.options.axis_name, g[0])
-        gradients = {k: g_loss * x.astype(g_loss.dtype) for k, x in gradients.items()}
+        gradients = {k: g.loss * x.astype(g.loss.dtype) for k, x in gradients.items()}
     else:  # the gradients that were computed with the sum, if any, are not the ones asked for
-        g = _axis.total_cotangent(inputs.options.axis_name, tuple(g))
         _, gradients = _partition.gradients(frozenset(gradients), inputs, g)
     return (inputs.having({k: x.astype(arrays[k].dtype) for k, x in gradients.items()}),)
+
+
+def _is_zero(cotangent: Any) -> bool:
+    return cotangent is None or isinstance(cotangent, SymbolicZero)
 
 
 _rule.defvjp(_fwd, _bwd, symbolic_zeros=True)

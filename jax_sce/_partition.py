@@ -21,12 +21,14 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _axis, _backend, _chunks, _head, _rows
-from ._cross_entropy import CrossEntropyAux
-from ._head import OF_EXAMPLES, Inputs, Values
+from ._head import OF_EXAMPLES, Cotangents, Inputs, Values, values_like
+from ._targets import Sparse, Teacher
 
 Axes = tuple[str, ...]
 # Each device of the classes has its own part of these gradients; all others are summed over them.
 _OF_CLASSES = ("kernel", "bias", "class_weights", "labels")
+# The axes of features, which are whole while the loop runs.
+_FEATURES = {"hidden": -1, "kernel": 0, "labels.hidden": -1, "labels.kernel": 0}
 
 
 class Layout(NamedTuple):
@@ -72,7 +74,7 @@ def kernel(inputs: Inputs) -> Array:
 
 
 def gradients(
-    wanted: frozenset[str], inputs: Inputs, g: tuple[Array, Array]
+    wanted: frozenset[str], inputs: Inputs, g: Cotangents
 ) -> tuple[Values, dict[str, Array]]:
     """The values and the gradients of a head, `_head.gradients`, likewise."""
     return _bind(wanted, inputs, g)
@@ -114,7 +116,7 @@ def _results(what: What, inputs: Inputs) -> Any:
         return jax.ShapeDtypeStruct(inputs.kernel.shape, inputs.kernel.dtype)
     of_each = jax.ShapeDtypeStruct(inputs.batch, inputs.dtype)
     places = jax.ShapeDtypeStruct(inputs.batch, jnp.int32)
-    values = Values(of_each, CrossEntropyAux(of_each, places))  # type: ignore[arg-type]
+    values = values_like(inputs, of_each, places)
     if what == "values":
         return values
     arrays = {k: x for k, x in inputs.arrays().items() if k in what}
@@ -185,7 +187,7 @@ def _with_whole_features(what: What, function: Callable, devices: int) -> Callab
     mesh = Mesh(np.array(jax.devices()[:1] * devices), ("jax_sce",))
 
     def whole(arrays: dict[str, Array]) -> dict[str, Array]:
-        for name, axis in (("hidden", -1), ("kernel", 0)):
+        for name, axis in _FEATURES.items():
             if name in arrays:
                 spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * arrays[name].ndim
                 spec[axis] = None
@@ -208,15 +210,15 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
     whole = args[0]
     results = _results(what, whole)
 
-    def laid_out(make, row, hidden, kernel, gradient, gathered, classes):
+    def laid_out(make, row, hidden, kernel, gradient, gathered, classes, other):
         """The arguments and the results with `make(*axes)` in place of each array, given the axes of a
-        row, of the hidden states' features, of the kernel as argument, gradient and result, and of the
-        classes."""
-        axes = axes_of(whole, row, hidden, kernel, classes)
+        row, of the hidden states' features, of the kernel as argument, gradient and result, of the
+        classes, and of what else an example has."""
+        axes = axes_of(whole, row, hidden, kernel, classes, other)
         of_row = make(*row)
-        of_g = [(of_row, of_row)] * (len(args) - 1)
+        of_g = (jax.tree.map(lambda _: of_row, g) for g in args[1:])
         operands = whole.having({k: make(*x) for k, x in axes.items()}), *of_g
-        values = Values(of_row, CrossEntropyAux(of_row, of_row))
+        values = values_like(whole, of_row, of_row)
         if what == "kernel":
             return operands, make(*gathered)
         if what == "values":
@@ -228,7 +230,7 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
         row, kernel = [f"n{axis}" for axis in range(len(whole.batch))], ("d", "v")
         # The gradient may be laid out otherwise than the kernel: other features.
         others = ("e", "v"), ("g", "v")
-        sides = laid_out(lambda *x: " ".join(x), row, "h", kernel, *others, "v")
+        sides = laid_out(lambda *x: " ".join(x), row, "h", kernel, *others, "v", "t")
         return " -> ".join(", ".join(jax.tree.leaves(side)) for side in sides)
 
     def partition(mesh, operands, results):
@@ -244,7 +246,7 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
 
         into, out_of = laid_out(
             make, layout.examples, (), layout.kernel, layout.gradient, ((), layout.classes),
-            layout.classes)  # fmt: skip
+            layout.classes, ())  # fmt: skip
         return mesh, on_each_device(what, function, layout, whole), out_of, into
 
     call = custom_partitioning(
@@ -264,15 +266,23 @@ def _split_over(x: Any) -> tuple[Axes, ...]:
     return split_over(x.sharding, len(x.shape))
 
 
-def axes_of(inputs: Inputs, row: Any, hidden: Any, kernel: Any, classes: Any) -> dict[str, Any]:
+def axes_of(
+    inputs: Inputs, row: Any, hidden: Any, kernel: Any, classes: Any, other: Any
+) -> dict[str, Any]:
     """The names of the axes of each array, by its name, given those of the examples' axes, the hidden
-    states' features, the kernel's axes, and the classes."""
+    states' features, the kernel's axes, the classes, and what else an example has: a teacher's features,
+    or several classes."""
     known = {
         "hidden": (*row, hidden),
         "kernel": kernel,
         "labels": row if inputs.has_ids else (*row, classes),
         "bias": (classes,),
         "class_weights": (classes,),
+        "labels.ids": (*row, other),
+        "labels.values": (*row, other),
+        "labels.hidden": (*row, other),
+        "labels.kernel": (other, classes),
+        "labels.bias": (classes,),
     }
     known |= {name: row for name in OF_EXAMPLES if name not in known}
     return {name: known.get(name, ()) for name in inputs.arrays()}
@@ -329,10 +339,10 @@ def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
     """What `jax.shard_map` is told of the arguments and of the results of a head's loss, which each
     device computes from its inputs `gathered`."""
 
-    axes = axes_of(inputs, layout.examples, (), layout.kernel, layout.classes)
+    axes = axes_of(inputs, layout.examples, (), layout.kernel, layout.classes, ())
     row, options = spec(*layout.examples), inputs.options
     loss = row if options.reduction == "none" else spec()
-    aux = CrossEntropyAux(row, row)
+    aux = values_like(inputs, row, row).aux
     in_specs = inputs.having({name: spec(*x) for name, x in axes.items()})
     return in_specs, (loss, aux) if options.return_aux else loss
 
@@ -376,7 +386,11 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
         exists = (places < num_classes)[None]
         kernel = jnp.where(exists, kernel, 0)
         bias = None if bias is None else jnp.where(exists[0], bias, 0)
-        if not inputs.has_ids:
+        if isinstance(labels, Teacher):
+            of_bias = None if labels.bias is None else jnp.where(exists[0], labels.bias, 0)
+            of_kernel = jnp.where(exists, labels.kernel, 0)
+            labels = dataclasses.replace(labels, kernel=of_kernel, bias=of_bias)
+        elif not isinstance(labels, Sparse) and not inputs.has_ids:
             labels = jnp.where(jnp.expand_dims(exists[0], range(len(inputs.batch))), labels, 0)
         if options.class_weights is not None:
             weights = jnp.where(exists[0], options.class_weights, 0)

@@ -51,7 +51,7 @@ arXiv:1805.02867, with the maximum's own term left out and references on a grid.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ from jax import Array, lax
 
 from . import _axis
 from ._axis import AxisName
-from ._elementary import below, exp_difference, soft_cap, weigh
+from ._elementary import below, exp_below, exp_difference, soft_cap, temper, weigh
 
 STATIC = {"static": True}  # of a field: part of a pytree's structure
 
@@ -76,15 +76,12 @@ class Rows:
     """Logits as the caller holds them. Residuals keep this, and nothing computed of its size."""
 
     logits: Array  # [N, V], any floating dtype
-    mask: Array | None  # bool, broadcasts to [N, V]: the classes to keep
-    softcap: Array | None  # [1, 1]
-    first_class: Array | None  # int32, [1, 1], of those on this device, if devices split them
-    axes: tuple[int, ...] = dataclasses.field(
-        metadata=STATIC
-    )  # of the classes, from the last: -1, ...
-    axis_name: AxisName = dataclasses.field(
-        default=None, metadata=STATIC
-    )  # that splits the classes
+    axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes, from the last
+    mask: Array | None = None  # bool, broadcasts to [N, V]: the classes to keep
+    softcap: Array | None = None  # [1, 1]
+    temperature: Array | None = None  # [N, 1]
+    first_class: Array | None = None  # int32, [1, 1], of those here, if devices split them
+    axis_name: AxisName = dataclasses.field(default=None, metadata=STATIC)  # that splits them
 
     @property
     def num_classes(self) -> int:
@@ -103,6 +100,17 @@ class Rows:
     def expand(self, x: Array) -> Array:
         """[N...] as [N, 1]."""
         return jnp.expand_dims(x, self.axes)
+
+    def expand_last(self, x: Array) -> Array:
+        """[N..., K] as [N, K]: K on the last class axis."""
+        shape = list(self.row_shape)
+        shape[self.axes[-1]] = x.shape[-1]
+        return jax.vmap(self.expand, -1, self.axes[-1])(x).reshape(shape)
+
+    def squeeze_last(self, x: Array) -> Array:
+        """And back."""
+        x = jnp.moveaxis(x, self.axes, range(-len(self.axes), 0))
+        return x.reshape(*x.shape[: -len(self.axes)], x.shape[-1])
 
     def expand_classes(self, x: Array) -> Array:
         """To the full size of the class axes alone: what all rows share stays small."""
@@ -125,40 +133,68 @@ class Rows:
         return labels if self.first_class is None else labels - self.first_class
 
     def values(self) -> Array:
-        """The logits that the loss is of, [N, V]: widened, capped, and -inf where masked."""
-        return self.masked(self.capped(self.masked(self.logits.astype(self.dtype), 0)))
+        """The logits that the loss is of, [N, V]: -inf where masked."""
+        # A masked logit may be NaN, whose derivative must not be reached: it is 0 at first.
+        return self.masked(self.of_raw(self.masked(self.logits.astype(self.dtype), 0)))
 
-    def uncapped(self, x: Array) -> Array:
-        """Widen logits; with a soft-cap, raise -inf to the lowest finite number: -inf marks masked
-        ones."""
+    def masked(self, x: Array, fill: float = -jnp.inf) -> Array:
+        return x if self.mask is None else jnp.where(self.mask, x, fill)
+
+    @property
+    def is_raw(self) -> bool:
+        """Are the values, but for the mask, the logits as they are stored?"""
+        return self.softcap is None and self.temperature is None
+
+    def raw(self, x: Array) -> Array:
+        """Widen stored logits; with a soft-cap, raise -inf to the lowest finite number: -inf marks
+        masked ones."""
         x = x.astype(self.dtype)
         return x if self.softcap is None else jnp.maximum(x, jnp.finfo(x.dtype).min)
 
-    def masked(self, x: Array, fill: float = -jnp.inf) -> Array:
-        # A masked logit may be NaN, whose derivative must not be reached: it is 0 before the cap.
-        return x if self.mask is None else jnp.where(self.mask, x, fill)
-
-    def capped(self, x: Array) -> Array:
-        return x if self.softcap is None else soft_cap(x, self.softcap.astype(x.dtype))
+    def of_raw(self, x: Array) -> Array:
+        """Soft-capped, and then divided by the temperature."""
+        if self.softcap is not None:
+            x = soft_cap(x, self.softcap.astype(x.dtype))
+        return x if self.temperature is None else temper(x, self.temperature.astype(x.dtype))
 
     def at(self, labels: Array) -> Array:
-        """One logit of each row, [N, 1], not capped, and -inf where masked; anything if it is not
-        here."""
-        places = jnp.broadcast_to(self.places(labels), self.row_shape)
-        places = jnp.clip(places, 0, self.num_classes - 1)
-        picked = self.uncapped(self._pick(self.logits, places))
-        if self.mask is None:
-            return picked
-        mask = jnp.broadcast_to(self.mask, self.logits.shape)
-        return jnp.where(self._pick(mask, places), picked, -jnp.inf)
+        """K logits of each row, [N, K], raw, and -inf where masked; anything if a class is not here."""
+        picked = self.raw(self.pick(self.logits, labels))
+        return picked if self.mask is None else jnp.where(self.has(labels), picked, -jnp.inf)
 
-    def _pick(self, x: Array, places: Array) -> Array:
+    def has(self, labels: Array) -> Array:
+        """bool, [N, K]: which classes are here, and not masked."""
+        places = self.places(labels)
+        has = (places >= 0) & (places < self.num_classes)
+        if self.mask is None:
+            return has
+        return has & self.pick(jnp.broadcast_to(self.mask, self.logits.shape), labels)
+
+    def pick(self, x: Array, labels: Array) -> Array:
+        """`x` [N, V] at class ids [N, K], which lie on the last class axis."""
+        places = jnp.clip(self.places(labels), 0, self.num_classes - 1)
         if len(self.axes) == 1:
             return jnp.take_along_axis(x, places, self.axes[0], mode="promise_in_bounds")
-        index = [lax.broadcasted_iota(jnp.int32, self.row_shape, axis) for axis in range(x.ndim)]
-        for axis in reversed(self.axes):
-            places, index[axis] = jnp.divmod(places, jnp.int32(x.shape[axis]))
-        return x.at[tuple(index)].get(mode="promise_in_bounds")
+        return x.at[self._index(places)].get(mode="promise_in_bounds")
+
+    def put(self, x: Array, labels: Array, new: Array) -> Array:
+        """`x` [N, V] with `new` [N, K] at class ids [N, K], which are all different; those that are not
+        here go nowhere."""
+        places = self.places(labels)
+        places = jnp.where(
+            places < 0, self.num_classes - places, places
+        )  # or it counts from the end
+        return x.at[self._index(places)].set(new, mode="drop", unique_indices=True)
+
+    def _index(self, places: Array) -> tuple[Array, ...]:
+        """Of each axis; of a place that is none of the classes, out of range."""
+        shape = places.shape
+        index = [lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
+        first, *others = self.axes
+        for axis in reversed(others):
+            places, index[axis] = jnp.divmod(places, jnp.int32(self.logits.shape[axis]))
+        index[first] = places
+        return tuple(index)
 
 
 @jax.tree_util.register_dataclass
@@ -179,6 +215,8 @@ class Targets:
             targets = jnp.where(self.ids < 0, jnp.nan, hot)
         elif self.dense is not None:
             targets = rows.masked(self.dense.astype(rows.dtype), 0)
+        else:
+            targets = jnp.zeros((), rows.dtype)
         if self.label_smoothing is not None:
             uniform = rows.masked(self.uniform, 0)
             targets = (1 - self.label_smoothing) * targets + self.label_smoothing * uniform
@@ -204,14 +242,21 @@ class Statistics(NamedTuple):
         """`-sum_j y_j log o_j`, from the sums of `y` and of `y (z - max)`."""
         return target_sum * jnp.log1p(self.tail) - target_dot
 
+    def entropy(self, spread: Array) -> Array:
+        """`-sum_j o_j log o_j`, from the sum of `e^{z - max} (z - max)`."""
+        return jnp.log1p(self.tail) - spread / (1 + self.tail)
+
     def label_factors(
-        self, label_distance: Array, g_loss: Array, g_log_normalizer: Array
-    ) -> tuple[Array, Array]:
-        """The two numbers of `label_cotangent`: `g_loss (o - y) + g_log_normalizer o` for one-hot y."""
+        self, label_distance: Array, g_loss: Array, constant: Array, slope: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """The numbers of `label_cotangent`: `g_loss (o - y) + (constant + slope (z - max)) o` for
+        one-hot y."""
         others = self.tail - jnp.expm1(label_distance)
         normalizer = others + jnp.exp(label_distance)  # NaN for all of the row if the label is bad
-        at_label = (g_log_normalizer * jnp.exp(label_distance) - g_loss * others) / normalizer
-        return at_label, (g_loss + g_log_normalizer) / normalizer
+        of_softmax = affine(constant, slope, label_distance)
+        at_label = (of_softmax * jnp.exp(label_distance) - g_loss * others) / normalizer
+        slope = None if slope is None else slope / normalizer
+        return at_label, (g_loss + constant) / normalizer, slope
 
 
 # -- the reduction ------------------------------------------------------------------------------------
@@ -279,24 +324,24 @@ def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
     if not is_minor(rows):
         # XLA for GPU fuses at most two operands into a reduction over an axis that is not the last.
         highest, tail = _reduce(rows, _merge_labels)[:2]
-        return highest, tail, capped_at(rows, rows.at(labels), highest, None), *keeps_class(rows)
-    # Not capped, so that XLA need not compute the cap for two readers, or write it to memory.
-    z = rows.masked(rows.uncapped(rows.logits))
+        return highest, tail, value_at(rows, rows.at(labels), highest, None), *keeps_class(rows)
+    # Raw, so that XLA need not compute the values for two readers, or write them to memory.
+    z = rows.masked(rows.raw(rows.logits))
     hot = (jnp.where(rows.classes() == labels, z, -jnp.inf), -jnp.inf)
-    top = () if rows.softcap is None else ((z, -jnp.inf),)
+    top = () if rows.is_raw else ((z, -jnp.inf),)
     highest, tail, at_label, *more = _reduce(rows, _merge_labels, hot, *top)
-    uncapped = more.pop(0) if top else None
-    return highest, tail, capped_at(rows, at_label, highest, uncapped), *more
+    largest = more.pop(0) if top else None
+    return highest, tail, value_at(rows, at_label, highest, largest), *more
 
 
-def capped_at(rows: Rows, at_label: Array, highest: Array, uncapped: Array | None) -> Array:
-    """The label's logit, never above the maximum, and equal to it if it is so before the soft-cap:
-    a compiler may round the cap one way here and another way there."""
-    capped = at_label
-    if rows.softcap is not None:
-        capped = jnp.where(jnp.isneginf(at_label), -jnp.inf, rows.capped(at_label))
-    capped = jnp.minimum(capped, highest)
-    return capped if uncapped is None else jnp.where(at_label == uncapped, highest, capped)
+def value_at(rows: Rows, raw: Array, highest: Array, largest: Array | None) -> Array:
+    """The value of a raw logit, never above the maximum, and equal to it if the raw one is the largest:
+    a compiler may round the soft-cap one way here and another way there."""
+    value = raw
+    if not rows.is_raw:
+        value = jnp.where(jnp.isneginf(raw), -jnp.inf, rows.of_raw(raw))
+    value = jnp.minimum(value, highest)
+    return value if largest is None else jnp.where(raw == largest, highest, value)
 
 
 def label_sums(rows: Rows, labels: Array, highest: Array) -> tuple[Array, Array]:
@@ -306,20 +351,28 @@ def label_sums(rows: Rows, labels: Array, highest: Array) -> tuple[Array, Array]
 
 
 def label_cotangent(rows: Rows, *args: Array) -> list[Array]:
-    """`at_label` at the label and `elsewhere * e^{z - max}` elsewhere, as the cotangent of `rows`. Two
-    zeros make the row 0, whatever its logits hold."""
+    """`at_label` at the label and `(elsewhere + slope (z - max)) e^{z - max}` elsewhere, as the
+    cotangent of `rows`. The slope may be None. Zeros make the row 0, whatever its logits hold."""
     rows = lax.optimization_barrier(rows)
     return cotangent_of(rows, label_cotangent_of_values(rows, *args))
 
 
 def label_cotangent_of_values(
     rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array,
-    *, subtract: Callable = jnp.subtract,
+    slope: Array | None, *, subtract: Callable = jnp.subtract,
 ) -> Array:  # fmt: skip
     """The same of `rows.values()`, [N, V]. Where no barrier lies before it, subtract by `below`."""
-    exponentials = jnp.exp(subtract(rows.values(), highest))
+    distance = subtract(rows.values(), highest)
     is_lost = (elsewhere == 0) & ~jnp.isfinite(highest)  # then `at_label` is 0, too
-    return jnp.where((rows.classes() == labels) | is_lost, at_label, elsewhere * exponentials)
+    of_others = affine(elsewhere, slope, distance) * jnp.exp(distance)
+    return jnp.where((rows.classes() == labels) | is_lost, at_label, of_others)
+
+
+def affine(constant: Array, slope: Array | None, distance: Array) -> Array:
+    """`constant + slope * distance`; without the second where there is no slope, or no class."""
+    if slope is None:
+        return constant
+    return constant + slope * jnp.where(jnp.isneginf(distance), 0, distance)
 
 
 def target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
@@ -341,35 +394,52 @@ def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Ar
 
 
 def target_cotangent(rows: Rows, targets: Targets, *args: Array) -> list[Array]:
-    """`g_loss (o sum(y) - y) + g_log_normalizer o`, as the cotangent of `rows`. Where both factors are
-    0 the row is 0, whatever its logits hold."""
+    """`g_loss (o sum(y) - y) + (constant + slope (z - max)) o`, as the cotangent of `rows`. The slope
+    may be None. Where all factors are 0 the row is 0, whatever its logits hold."""
     rows, targets = lax.optimization_barrier((rows, targets))
     return cotangent_of(rows, target_cotangent_of_values(rows, targets, *args))
 
 
 def target_cotangent_of_values(
-    rows: Rows, targets: Targets, highest: Array, tail: Array, target_sum: Array, g_loss: Array,
-    g_log_normalizer: Array, *, subtract: Callable = jnp.subtract,
-) -> Array:  # fmt: skip
+    rows: Rows, targets: Targets, highest: Array, *args: Array, subtract: Callable = jnp.subtract
+) -> Array:
     """The same of `rows.values()`, [N, V]."""
-    y, distance, normalizer = targets.values(rows), subtract(rows.values(), highest), 1 + tail
-    exponentials = jnp.exp(distance)
+    return target_cotangent_at(targets.values(rows), subtract(rows.values(), highest), *args)
+
+
+def target_cotangent_at(
+    y: Array, distance: Array, tail: Array, target_sum: Array, g_loss: Array, constant: Array,
+    slope: Array | None,
+) -> Array:  # fmt: skip
+    """The same of classes of targets `y` at those distances from the maximum."""
+    exponentials, normalizer = jnp.exp(distance), 1 + tail
     # o_j sum(y) - y_j = ((sum(y) - y_j) + sum(y) (e^d - 1) - y_j tail) / S does not cancel near the
     # maximum.
     near = ((target_sum - y) + target_sum * (exponentials - 1) - y * tail) / normalizer
     far = target_sum * exponentials / normalizer - y
     of_loss = g_loss * jnp.where(distance > -(2.0**-6), near, far)
-    is_lost = (g_loss == 0) & (g_log_normalizer == 0) & ~jnp.isfinite(tail + target_sum)
-    return jnp.where(is_lost, 0, of_loss + g_log_normalizer * exponentials / normalizer)
+    is_lost = (g_loss == 0) & (constant == 0) & ~jnp.isfinite(tail + target_sum)
+    of_softmax = affine(constant, slope, distance) * exponentials / normalizer
+    return jnp.where(is_lost, 0, of_loss + of_softmax)
+
+
+def spread(rows: Rows, highest: Array) -> tuple[Array]:
+    """The sum of `e^{z - max} (z - max)`, [N, 1], for the entropy."""
+    exponential, distance = exp_below(rows.values(), highest)
+    return (sum_classes(rows, exponential * distance),)
 
 
 def target_costs(rows: Rows, targets: Targets, highest: Array, tail: Array, g_loss: Array) -> Array:
     """`g_loss (-log o)`, the cotangent of `targets.values(rows)`, [N, V]."""
-    cost = jnp.log1p(tail) - below(rows.values(), highest)
+    distance = rows.masked(below(rows.values(), highest), 0)
+    return rows.masked(costs_at(distance, tail, g_loss), 0)
+
+
+def costs_at(distance: Array, tail: Array, g_loss: Array) -> Array:
+    """The same of classes at those distances from the maximum."""
+    cost = jnp.log1p(tail) - distance
     # An absent class is infinitely dear, and 0 times that is NaN.
     unused = (g_loss == 0) & ~jnp.isfinite(cost)
-    if rows.mask is not None:
-        unused |= ~rows.mask
     return g_loss * jnp.where(unused, 0, cost)
 
 
@@ -426,16 +496,24 @@ def _sum_exponentials(rows: Rows, highest: Array) -> Array:
 
 
 def cotangent_of(rows: Rows, of_values: Array) -> list[Array]:
-    """From the cotangent of `rows.values()` that of the logits, [N, V] in their dtype, and of the
-    soft-cap, if there is one, [N, 1]: for each row."""
-    softcap = None if rows.softcap is None else jnp.broadcast_to(rows.softcap, rows.row_shape)
+    """From the cotangent of `rows.values()` that of the logits, [N, V] in their dtype, and for each row,
+    [N, 1], those of the soft-cap and the temperature, if there are any."""
+    of_row = {"softcap": rows.softcap, "temperature": rows.temperature}
+    of_row = {k: jnp.broadcast_to(x, rows.row_shape) for k, x in of_row.items() if x is not None}
 
-    def values(logits, softcap):
-        return dataclasses.replace(rows, logits=logits, softcap=softcap).values()
+    def values(logits, of_row):
+        return dataclasses.replace(rows, logits=logits, **of_row).values()
 
-    out, vjp = jax.vjp(values, rows.logits, softcap)
+    out, vjp = jax.vjp(values, rows.logits, of_row)
     # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
     return jax.tree.leaves(vjp(_axis.vary(of_values, _axis.varying(out))))
+
+
+def of_row(rows: Rows, cotangents: Sequence[Array]) -> list[Array | None]:
+    """Of `cotangent_of` all but the first: by the soft-cap, [1, 1], and the temperature, [N, 1]."""
+    rest = list(cotangents)
+    softcap = None if rows.softcap is None else jnp.sum(rest.pop(0), keepdims=True)
+    return [softcap, None if rows.temperature is None else rest.pop(0)]
 
 
 def targets_cotangent(rows: Rows, targets: Targets, of_values: Array) -> Targets:

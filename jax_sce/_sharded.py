@@ -14,10 +14,12 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from . import _arguments, _cross_entropy, _head, _linear, _partition
+from ._aux import CrossEntropyAux
 from ._axis import AxisName
 from ._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 from ._linear import linear_softmax_cross_entropy
 from ._partition import Layout
+from ._targets import Sparse
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -95,7 +97,9 @@ def shard(
             )
         if on.explicit_axes and len(on.explicit_axes) < len(on.axis_names):
             raise ValueError(f"mesh must have axes of one type, got {on.axis_types}")
-        if jnp.size(bound.arguments["labels"]) == 0:  # XLA compiles no program of no operands
+        if any(
+            jnp.size(x) == 0 for x in jax.tree.leaves(bound.arguments["labels"])
+        ):  # XLA compiles no program of no operands
             return loss(*args, **kwargs)
         arguments = inputs(**bound.arguments)
         options = dataclasses.replace(
@@ -160,18 +164,25 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
         return _partition.spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
 
     row = _partition.spec(*(of_axis.get(axis) for axis in of_rows))
-    of_options = {"valid": row, "weights": row, "class_weights": _partition.spec(split.classes)}
+    if isinstance(inputs.labels, Sparse):
+        several = _partition.spec(*row, *[None] * (len(of_rows) - len(row)), None)
+        of_labels: Any = Sparse(several, several)
+    else:
+        of_labels = row if inputs.has_ids else spec(inputs.logits)
+    of_options = {"valid": row, "weights": row, "temperature": row}
+    of_options["class_weights"] = _partition.spec(split.classes)
     options = {name: of_options.get(name, _partition.spec()) for name in inputs.options.arrays()}
     in_specs = _cross_entropy.Inputs(
         logits=spec(inputs.logits),
-        labels=row if inputs.has_ids else spec(inputs.logits),
+        labels=of_labels,
         mask=None if inputs.mask is None else spec(inputs.mask),
         options=dataclasses.replace(inputs.options, **options),
         axes=axes,
     )
     out_specs = row if inputs.options.reduction == "none" else _partition.spec()
     if inputs.options.return_aux:
-        out_specs = (out_specs, _cross_entropy.CrossEntropyAux(row, row))
+        rank = row if inputs.has_ids else None
+        out_specs = (out_specs, CrossEntropyAux(row, row, entropy=row, rank=rank))
     return _Program(_cross_entropy.loss_of, None, in_specs, out_specs)
 
 

@@ -11,6 +11,7 @@ from . import _axis
 from ._arguments import Options
 from ._axis import AxisName
 from ._elementary import times
+from ._rules import Out
 
 
 def only(mask: Array | None, x: Array, other: float = 0) -> Array:
@@ -23,15 +24,15 @@ class Losses(NamedTuple):
 
     loss: Array  # weighted; 0 if it does not count
     log_normalizer: Array  # 0 if it does not count
+    entropy: Array | None  # if it is asked for
+    target_entropy: Array | None  # of a teacher
     valid: Array | None  # bool, the examples that count, unless their weight is 0; None for all
 
 
-def weighted(
-    options: Options, loss: Array, log_normalizer: Array, class_weight: Array | None
-) -> Losses:
+def weighted(options: Options, out: Out, class_weight: Array | None) -> Losses:
     """The losses as the options have them, all [N...]. A loss of weight 0 is kept where it is finite:
     it is the derivative with respect to that weight."""
-    kept = options.valid
+    kept, loss, log_normalizer = options.valid, out.loss, out.log_normalizer
     if options.weights is not None:
         of_class = loss if class_weight is None else times(class_weight, loss)
         finite = jnp.isfinite(of_class) & jnp.isfinite(log_normalizer)
@@ -43,7 +44,11 @@ def weighted(
         loss = loss + options.z_loss * jnp.square(log_normalizer)
     if options.weights is not None or options.valid is not None:
         loss = example_weights(options, loss) * loss
-    return Losses(loss, only(options.counts, log_normalizer), options.valid)
+    entropy, target_entropy = (
+        None if x is None else only(options.counts, x) for x in (out.entropy, out.target_entropy)
+    )
+    log_normalizer = only(options.counts, log_normalizer)
+    return Losses(loss, log_normalizer, entropy, target_entropy, options.valid)
 
 
 def excuse(labels: Array, options: Options) -> tuple[Array, Options]:

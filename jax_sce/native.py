@@ -19,7 +19,10 @@ from typing import NamedTuple
 
 import jax
 
-TARGETS = ("label_statistics", "label_cotangent", "target_statistics", "target_cotangent")
+TARGETS = (
+    "label_statistics", "label_cotangent", "target_statistics", "target_cotangent", "spread",
+    "divergence_sums", "divergence_cotangent",
+)  # fmt: skip
 
 
 class Status(NamedTuple):

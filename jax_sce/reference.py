@@ -24,7 +24,7 @@ def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    reduction: str = "none",
+    temperature: ArrayLike | None = None, reduction: str = "none",
 ) -> Array:  # fmt: skip
     """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)` for distributions, [N..., V].
 
@@ -42,14 +42,15 @@ def softmax_cross_entropy(
     labels = jnp.where(kept, labels, 0)
     denominator = jnp.ones(logits.shape[:-1], logits.dtype)
     return _loss(logits, labels, kept, denominator, label_smoothing, class_weights, weights,
-                 z_loss, softcap, reduction)  # fmt: skip
+                 z_loss, softcap, temperature, reduction)  # fmt: skip
 
 
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, reduction: str = "none",
+    softcap: ArrayLike | None = None,
+    temperature: ArrayLike | None = None, reduction: str = "none",
 ) -> Array:  # fmt: skip
     """The same for one class each, `y_c = [c = label]`, [N...].
 
@@ -72,7 +73,7 @@ def softmax_cross_entropy_with_integer_labels(
     if class_weights is not None:
         denominator = jnp.sum(one_hot * class_weights, axis=-1)
     loss = _loss(logits, one_hot, kept, denominator, label_smoothing, class_weights, weights,
-                 z_loss, softcap, reduction)  # fmt: skip
+                 z_loss, softcap, temperature, reduction)  # fmt: skip
     bad = ((labels < 0) | (labels >= num_classes)) & jnp.any(kept, axis=-1)
     if weights is not None:
         bad &= jnp.asarray(weights) != 0
@@ -80,9 +81,11 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 def _loss(logits, labels, kept, denominator, label_smoothing, class_weights, weights, z_loss,
-          softcap, reduction):  # fmt: skip
+          softcap, temperature, reduction):  # fmt: skip
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
+    if temperature is not None:
+        logits = logits / jnp.expand_dims(jnp.asarray(temperature), -1)
     example_kept = jnp.any(kept, axis=-1)
     logits = jnp.where(kept | ~example_kept[..., None], logits, -jnp.inf)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)

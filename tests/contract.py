@@ -5,6 +5,7 @@ number and how far from it the library's may be; each bound is derived where it 
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 if np.finfo(np.longdouble).eps < 1e-18:  # not so on every machine
     DTYPES.append("float64")
 IGNORED = -7
-OPTIONS = ("label_smoothing", "class_weights", "weights", "z_loss", "softcap")
+OPTIONS = ("label_smoothing", "class_weights", "weights", "z_loss", "softcap", "temperature")
 
 
 class Precision(NamedTuple):
@@ -104,6 +105,7 @@ class Options(NamedTuple):
     class_weights: np.ndarray | None
     z_loss: float | None
     softcap: float | None
+    temperature: float | None
 
 
 class Row(NamedTuple):
@@ -125,6 +127,11 @@ def row_of(z, y, there, options, precision, blur, examples):
     if cap is not None:
         # The quotient, the tanh and the product round a number of at most the cap eight times.
         ratio, s, blur_of_z, blur = z / cap, cap * np.tanh(z / cap), blur, blur + 8 * cap
+    temperature = 1.0 if options.temperature is None else options.temperature
+    if options.temperature is not None:
+        s, blur = s / temperature, blur / temperature
+        if math.frexp(temperature)[0] != 0.5:  # else nothing is rounded
+            blur += 2 * np.abs(s[np.isfinite(s)]).max(initial=0)
     s = np.where(there, s, -INF)
     highest = s.max()
     if np.isnan(s).any() or np.isinf(highest):
@@ -137,7 +144,7 @@ def row_of(z, y, there, options, precision, blur, examples):
     # S - e, summed without the e
     others = np.where(np.arange(v) == s.argmax(), tail, total - e)
     # A ratio of two exponentials is off by twice the blur, relatively.
-    spread = np.expm1(2 * blur * u) / u
+    spread = np.minimum(np.expm1(2 * blur * u) / u, 1e30)  # so that 0 times it is 0
     # `_rows.py`: L is within 2^-22 of max(1, |L|).
     log_normalizer = highest + np.log1p(tail)
     normalizer = Near(log_normalizer, 4 * max(1, abs(log_normalizer)) + blur)
@@ -199,8 +206,15 @@ def row_of(z, y, there, options, precision, blur, examples):
         each = pick(size != 0, each)
         by["label_smoothing"] = Near(each.value.sum(), each.error.sum())
 
+    def through(by_s):
+        """By the logits, the cap and the temperature."""
+        each = pick(np.isfinite(s), by_s * np.where(np.isfinite(s), s, 0))
+        terms = each.error + (sums + blur) * np.abs(each.value)
+        by_temperature = Near(-each.value.sum(), terms.sum()) * (1 / temperature)
+        by_s = by_s * (1 / temperature)
+        return through_cap(by_s) | {"temperature": by_temperature}
+
     def through_cap(by_s):
-        """By the logits, and by the cap."""
         if cap is None:
             return {"logits": pick(there, by_s)}
         slope = 1 / np.cosh(ratio) ** 2
@@ -225,8 +239,8 @@ def row_of(z, y, there, options, precision, blur, examples):
         return {"logits": pick(there, by_z), "softcap": summed}
 
     has_absent = np.isneginf(d[there]).any()
-    by |= through_cap(by_s)
-    return Row(Near(loss, error), normalizer, by, through_cap(softmax), has_absent)
+    by |= through(by_s)
+    return Row(Near(loss, error), normalizer, by, through(softmax), has_absent)
 
 
 def pick(mask, near, elsewhere=0.0):
@@ -236,7 +250,7 @@ def pick(mask, near, elsewhere=0.0):
 
 def row_of_nan(there, normalizer):
     """All is NaN; by a logit that is masked the derivative is 0 still."""
-    by = dict.fromkeys(("z_loss", "softcap", "label_smoothing"), exactly(NAN))
+    by = dict.fromkeys(("z_loss", "softcap", "temperature", "label_smoothing"), exactly(NAN))
     by |= dict.fromkeys(("labels", "class_weights"), exactly(np.full(len(there), NAN)))
     by["logits"] = exactly(np.where(there, NAN, 0))
     return Row(exactly(NAN), normalizer, by, by)
@@ -244,7 +258,7 @@ def row_of_nan(there, normalizer):
 
 # -- a batch -----------------------------------------------------------------------------------------
 
-EACH = ("logits", "labels", "weights")  # what every example has of its own
+EACH = ("logits", "labels", "weights", "temperature")  # what every example has of its own
 OF_TARGETS = {"labels", "class_weights", "label_smoothing"}
 
 
@@ -259,14 +273,19 @@ class Batch:
         there = where if where.ndim == 2 else np.repeat(where[:, None], v, axis=1)
         options = {k: arguments.get(k) for k in Options._fields}
         options = Options(**{k: None if x is None else wide(x) for k, x in options.items()})
+        temperatures = (
+            itertools.repeat(None, n) if options.temperature is None else options.temperature
+        )
         has_ids = labels.ndim == 1
         logits = logits.astype(np.longdouble)  # before anything is subtracted
         targets = labels.tolist() if has_ids else wide(labels).astype(np.longdouble)
         blur = np.zeros(n) if blur is None else blur
         self.reduction = reduction
         self.rows = [
-            row_of(z, y, classes, options, precision, moved, n)
-            for z, y, classes, moved in zip(logits, targets, there, blur, strict=True)
+            row_of(z, y, classes, options._replace(temperature=t), precision, moved, n)
+            for z, y, classes, moved, t in zip(
+                logits, targets, there, blur, temperatures, strict=True
+            )
         ]
         ignored = has_ids and ignore_index is not None and labels == ignore_index
         self.kept = there.any(-1) & ~np.broadcast_to(ignored | left_out, n)
@@ -303,7 +322,7 @@ class Batch:
             near = pick(self.kept, self.losses * factor)
         else:
             near = self._times(self.weights * factor, stack([row.by[name] for row in self.rows]))
-            if g_normalizers is not None and name in ("logits", "softcap"):
+            if g_normalizers is not None and name in ("logits", "softcap", "temperature"):
                 by = stack([row.normalizer_by[name] for row in self.rows])
                 near += self._times(g_normalizers, by)
             if name not in EACH:
@@ -357,6 +376,7 @@ def draw_options(r, names, n, v, dtype):
         "weights": lambda: r.choice([0.0, 1.0, -0.5, 2.0], n),
         "z_loss": lambda: r.choice([0.0, 1e-4, 0.5]),
         "softcap": lambda: r.choice([0.5, 4.0, 30.0]),
+        "temperature": lambda: r.choice([0.5, 1.0, 3.0], n),
     }
     return {k: np.asarray(draws[k](), dtype) for k in OPTIONS if k in names}
 

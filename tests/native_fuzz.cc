@@ -584,7 +584,7 @@ void run(const Kernels& kernels, const Case& c, Kernel kernel, const Logits& z, 
                                       end);
     case kLabelCotangent:
       return kernels.label_cotangent(z, ids, c.max.floats(), c.at_label.floats(), c.elsewhere.floats(),
-                                     out[0].data(), begin, end);
+                                     nullptr, out[0].data(), begin, end);
     case kTargetStatistics:
       return kernels.target_statistics(z, c.y, out[0].floats(), out[1].floats(), out[2].floats(),
                                        out[3].floats(), begin, end);

@@ -1,5 +1,6 @@
 """What several tests share: the tolerances, an oracle in NumPy float64, and inputs."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_sce import (
+    Sparse,
     reference,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
@@ -42,6 +44,13 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
+@contextlib.contextmanager
+def lax_rules():
+    """JAX's default promotion, for formulas that are not ours."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def rng(seed=0):
     return np.random.default_rng(seed)
 
@@ -58,6 +67,17 @@ def cotangents(shape):
 
 def targets_like(labels, num_classes, kind):
     return labels if kind == "integer" else jnp.asarray(one_hot(labels, num_classes))
+
+
+def sparse(logits, ids, values, *args, **options):
+    return DENSE(logits, Sparse(ids, values), *args, **options)
+
+
+@lax_rules()
+def densified(ids, values, num_classes):
+    """The distributions that `Sparse` means."""
+    hot = (ids[..., None] == jnp.arange(num_classes)).astype(values.dtype)
+    return jnp.sum(hot * values[..., None], axis=-2)
 
 
 # -- the oracle ----------------------------------------------------------------------------------
@@ -102,12 +122,11 @@ def reference_derivatives(kind, arguments, cotangent, **static):
     fn = {
         "integer": reference.softmax_cross_entropy_with_integer_labels,
         "dense": reference.softmax_cross_entropy,
+        "sparse": lambda logits, ids, values, **options: reference.softmax_cross_entropy(
+            logits, densified(ids, values, logits.shape[-1]), **options
+        ),
     }[kind]
-    with (
-        jax.enable_x64(True),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with jax.enable_x64(True), lax_rules():
         arguments = {
             k: jnp.asarray(wide(v)) if jnp.issubdtype(v.dtype, jnp.floating) else v
             for k, v in arguments.items()

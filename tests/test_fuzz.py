@@ -128,6 +128,10 @@ def number(x, low, high):
     )
 
 
+def is_positive(x):
+    return bool(np.all((x > 0) & (x < math.inf)))
+
+
 def is_right(kind, name, x):
     shapes = [(N, V)] if kind == "dense" else [(N, v) for v in (1, D, V, V + 1)]
     if name == "axis":  # the labels here are those of classes on the last one
@@ -151,6 +155,10 @@ def is_right(kind, name, x):
         "weights": lambda: x is None or like(x, [(), (1,), (N,)], "fib"),
         "z_loss": lambda: like(x, [()], "fib"),
         "softcap": lambda: x is None or number(x, lambda v: v > 0, lambda v: v < math.inf),
+        "temperature": lambda: (
+            x is None
+            or (like(x, [(), (1,), (N,)], "fib") and is_positive(np.asarray(x, np.float64)))
+        ),
         "reduction": lambda: isinstance(x, str) and x in ("none", "sum", "mean"),
         "chunk_size": lambda: x is None or (is_int(x) and x > 0),
         "dtype": lambda: is_dtype(x),

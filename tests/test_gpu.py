@@ -69,7 +69,7 @@ def test_rows(kind, mask, softcap):
     """Both are within 16 u; with a soft-cap the capped logits are rounded twice, each to the unit of
     7."""
     cap = None if softcap is None else jnp.full((1, 1), softcap)
-    rows = Rows(jnp.asarray(logits()), masks(mask), cap, None, (-1,))
+    rows = Rows(jnp.asarray(logits()), (-1,), masks(mask), cap)
     ids = jnp.asarray(rng(2).integers(0, 3, (13, 1)), jnp.int32)
     uniform = jnp.full((1, 1), 1 / V)
     p = jax.nn.softmax(jnp.asarray(rng(3).normal(size=(13, V)), jnp.float32))
@@ -98,12 +98,12 @@ def test_columns(shape, axis, softcap):
     labels_shape[axis] = 1
     labels = jnp.asarray(rng(5).integers(0, shape[axis], labels_shape), jnp.int32)
     cap = None if softcap is None else jnp.full((1,) * len(shape), softcap)
-    rows = Rows(jnp.asarray(z), None, cap, None, (axis,))
+    rows = Rows(jnp.asarray(z), (axis,), None, cap)
     got = _gpu.label_statistics(rows, labels, interpret=True)
     want = jax.jit(_cpu.FORMS["label_statistics"])(rows, labels)
     assert_same(got, want, TOLERANCE["loss"] if softcap is None else 4 * TOLERANCE["loss"])
 
 
 def test_without_a_gpu_there_is_no_kernel():
-    rows = Rows(jnp.zeros((4, 4096)), None, None, None, (-1,))
+    rows = Rows(jnp.zeros((4, 4096)), (-1,))
     assert not _gpu.supports("label_statistics", rows, jnp.zeros((4, 1), jnp.int32))

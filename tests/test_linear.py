@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import QUICK, TOLERANCE, cotangents, derivatives, one_hot, quick, rng, wide
+from support import QUICK, TOLERANCE, cotangents, derivatives, lax_rules, one_hot, quick, rng, wide
 
 from jax_sce import (
     CrossEntropyAux,
@@ -32,21 +32,15 @@ IGNORED = -100
 EXACT = 1e-12
 
 
-@contextlib.contextmanager
-def lax_rules():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
+@lax_rules()
 def naive(hidden, kernel, labels, *, bias=None, **options):
     """All the logits, then the specification."""
-    with lax_rules():
-        dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, kernel.dtype), jnp.float32)
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=dtype)
-        logits = logits if bias is None else logits + bias.astype(dtype)
-        if labels.ndim < hidden.ndim:
-            return reference.softmax_cross_entropy_with_integer_labels(logits, labels, **options)
-        return reference.softmax_cross_entropy(logits, labels, **options)
+    dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, kernel.dtype), jnp.float32)
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=dtype)
+    logits = logits if bias is None else logits + bias.astype(dtype)
+    if labels.ndim < hidden.ndim:
+        return reference.softmax_cross_entropy_with_integer_labels(logits, labels, **options)
+    return reference.softmax_cross_entropy(logits, labels, **options)
 
 
 def arrays(n, d, v, dtype=np.float64, kind="integer", seed=0, **more):
@@ -177,6 +171,7 @@ def options_of(names):
         "weights": np.array([0.0, 1.0, 0.5, 2.0, -1.0, 0.25, 3.0]),
         "z_loss": 0.1,
         "softcap": 1.5,
+        "temperature": np.array([0.5, 1.0, 2.0, 0.25, 1.5, 3.0, 0.7]),
     }
     static = {"ignore_index": 1} if "ignore_index" in names else {}
     return {k: x if k in names else None for k, x in every.items()}, static
@@ -190,12 +185,14 @@ OPTIONS = (
     "weights",
     "z_loss",
     "softcap",
+    "temperature",
 )
-# Seven lines through seven points (the Fano plane): every pair of options lies on one of them.
+# Seven lines through seven points (the Fano plane): every pair of these lies on one of them.
 LINES = [
     tuple(OPTIONS[i] for i in line)
     for line in ((0, 1, 2), (0, 3, 4), (0, 5, 6), (1, 3, 5), (1, 4, 6), (2, 3, 6), (2, 4, 5))
 ]
+LINES += [("temperature", *OPTIONS[:-1][i : i + 3]) for i in (0, 3, 6)]
 
 
 def check_options(names, kind, reduction):
@@ -257,8 +254,8 @@ def test_no_examples(reduction, ignore_index):
     )
     assert loss.shape == ((0, 3) if reduction == "none" else ())
     assert np.sum(loss) == 0.0
-    assert [x.shape for x in aux] == [(0, 3), (0, 3)]
-    of_hidden, of_kernel = pull((jnp.ones_like(loss), CrossEntropyAux(*map(no_cotangent, aux))))
+    assert {x.shape for x in jax.tree.leaves(aux)} == {(0, 3)}
+    of_hidden, of_kernel = pull((jnp.ones_like(loss), jax.tree.map(no_cotangent, aux)))
     assert of_hidden.shape == (0, 3, D)
     np.testing.assert_array_equal(of_kernel, np.zeros((D, V)))
 
@@ -573,9 +570,17 @@ def test_three_quarters_ignored_are_as_if_they_were_not_there(x64):
             loss = naive(hidden, kernel, arguments["labels"][order], bias=bias, weights=weights,
                          reduction=reduction)  # fmt: skip
             logits = hidden @ kernel + bias[None]
-            normalizer = jnp.where(weights > 0, jax.nn.logsumexp(logits, axis=-1), 0)
-            prediction = jnp.where(weights > 0, jnp.argmax(logits, axis=-1), -1)
-            return loss, CrossEntropyAux(normalizer, prediction.astype(jnp.int32))
+            log_softmax = jax.nn.log_softmax(logits)
+            at_label = jnp.take_along_axis(logits, arguments["labels"][order][:, None], axis=-1)
+            aux = {
+                "log_normalizer": jax.nn.logsumexp(logits, axis=-1),
+                "prediction": jnp.argmax(logits, axis=-1).astype(jnp.int32),
+                "entropy": -jnp.sum(jnp.exp(log_softmax) * log_softmax, axis=-1),
+                "rank": jnp.sum(logits > at_label, axis=-1, dtype=jnp.int32),
+            }
+            none = {"prediction": -1, "rank": 2**31 - 1}
+            aux = {k: jnp.where(weights > 0, x, none.get(k, 0)) for k, x in aux.items()}
+            return loss, CrossEntropyAux(**aux)
 
         hidden = jnp.where(live[:, None], arguments["hidden"], NAN)
         got = results(ours, hidden, g)
@@ -1116,9 +1121,9 @@ def test_examples_that_do_not_count_are_left_out_of_the_work(why, differentiated
     rows = []
     logits = _head._logits
 
-    def counted(chunk):
+    def counted(chunk, precision):
         jax.debug.callback(lambda: rows.append(len(chunk.hidden)))
-        return logits(chunk)
+        return logits(chunk, precision)
 
     monkeypatch.setattr(_head, "_logits", counted)
     arguments = arrays(64, D, V, np.float32)

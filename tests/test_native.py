@@ -17,7 +17,9 @@ from support import targets_of
 
 from jax_sce import (
     _cpu,
+    _divergence,
     _native,
+    _rows,
     linear_softmax_cross_entropy,
     native,
     softmax_cross_entropy,
@@ -39,13 +41,19 @@ def compiled(functions, name, *args):
     return jax.jit(lambda: jax.tree.leaves(functions[name](*args))).lower().compile()
 
 
+FORMS = {
+    "spread": _rows.spread,
+    "divergence_sums": _divergence.divergence_sums,
+} | _cpu.FORMS
+
+
 def run_plain(name, *args):
     """In plain JAX, by the form of it whose sums are in blocks on CPU, as the bounds are for."""
-    return compiled(_cpu.FORMS, name, *args)()
+    return compiled(FORMS, name, *args)()
 
 
 def rows(z, mask=None):
-    return Rows(z, mask, None, None, (-1,))
+    return Rows(z, (-1,), mask)
 
 
 @pytest.fixture
@@ -76,7 +84,7 @@ def test_the_exponential_is_within_its_bound_everywhere(run):
     want = np.exp(x.astype(np.float64))
     normal = want >= 2.0**-126
     one, none = jnp.ones((1, 1)), jnp.full((1, 1), -1, jnp.int32)
-    for (got,) in run("label_cotangent", rows(jnp.asarray(x)[None]), none, 0 * one, one, one):
+    for (got,) in run("label_cotangent", rows(jnp.asarray(x)[None]), none, 0 * one, one, one, None):
         got = np.asarray(got)[0].astype(np.float64)
         error = np.abs(got - want)
         assert np.max(error[normal] / want[normal]) <= 2 * U
@@ -152,11 +160,22 @@ def test_they_are_what_plain_jax_is(num_classes, dtype, mask, run):
         assert_close(of_labels(got, ids), of_labels(want, ids), 32 * U, lost)
 
     of_dtype, subnormal = rounding(dtype)
-    rtol = of_dtype + 2 * 126 * 2.0**-22
-    args = view, ids, want[0], g, h
+    rtol, highest = of_dtype + 2 * 126 * 2.0**-22, want[0]
+    args = view, ids, highest, g, h, None
     want = run_plain("label_cotangent", *args)
     for got in run("label_cotangent", *args):
         assert_close(got, want, rtol, lost + subnormal)
+        assert np.all(np.asarray(got[0][1], np.float32) == 0)
+
+    (sums,) = run_plain("spread", view, highest)
+    for (got,) in run("spread", view, highest):
+        # What may be lost of a term is multiplied by its distance.
+        np.testing.assert_allclose(got, sums, rtol=16 * U, atol=128 * lost)
+    slope = jnp.flip(g).at[1].set(0)
+    args = view, ids, highest, g, h, slope
+    sloped = run_plain("label_cotangent", *args)
+    for got in run("label_cotangent", *args):  # relative to the terms of what may cancel
+        assert_close(got, sloped, rtol, lost + subnormal + 40 * 2.0**-22 + 4 * of_dtype)
         assert np.all(np.asarray(got[0][1], np.float32) == 0)
 
     uniform, smoothing = jnp.full((1, 1), 1 / num_classes), jnp.full((1, 1), 0.25)
@@ -168,10 +187,37 @@ def test_they_are_what_plain_jax_is(num_classes, dtype, mask, run):
             for got in run("target_statistics", *args):
                 assert_close(of_targets(got), of_targets(want), 32 * U, lost)
             # Relative to the terms of the difference: g, h and the targets are at most some 4.
-            args = *args, *want[:3], g, h
+            args = *args, *want[:3], g, h, None
             want = run_plain("target_cotangent", *args)
             for got in run("target_cotangent", *args):
                 assert_close(got, want, rtol, 40 * 2.0**-22 + 4 * of_dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_classes", [1, 10, 113, 1025])
+@pytest.mark.parametrize("apart", [1e-3, 3.0])
+def test_divergences_are_what_they_are_in_plain_jax(num_classes, apart, run):
+    z, *_, g, h = problem(40, num_classes, "float32", "none")
+    noise = jax.random.normal(jax.random.key(5), z.shape)
+    of_teacher = z + apart * noise
+    if num_classes > 2:
+        z, of_teacher = z.at[3, 1].set(-jnp.inf), of_teacher.at[3:5, 1].set(-jnp.inf)
+    stats = []
+    for x in (z, of_teacher):
+        highest = jnp.max(x, axis=-1, keepdims=True)
+        stats += [highest, jnp.sum(jnp.exp(x - highest), axis=-1, keepdims=True) - 1]
+    shift = jnp.log1p(stats[3]) - jnp.log1p(stats[1])
+    args = rows(z), rows(of_teacher), *stats, shift
+    want = run_plain("divergence_sums", *args)
+    for got in run("divergence_sums", *args):
+        # The second sum cancels: relative to its terms, which are of the size of `apart` at most.
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-6, atol=1e-30)
+        np.testing.assert_allclose(got[1], want[1], rtol=0, atol=32 * U * min(apart, 2))
+    args = *args, g, h, None
+    want = run_plain("divergence_cotangent", *args)
+    for got in run("divergence_cotangent", *args):
+        assert_close(got, want, 2e-6, 32 * U)
+        assert np.all(np.asarray(got[0][1]) == 0)
 
 
 @needs_kernels
@@ -196,7 +242,7 @@ def test_infinite_cotangents_are_as_in_plain_jax(run):
         g = jnp.array([[jnp.inf], [-jnp.inf]])
         args = rows(z, where), targets_of(targets, None, jnp.full((1, 1), 1 / num_classes), None)
         largest, tail, mass, _ = run_plain("target_statistics", *args)
-        args = *args, largest, tail, mass, g, jnp.zeros((2, 1))
+        args = *args, largest, tail, mass, g, jnp.zeros((2, 1)), None
         want = run_plain("target_cotangent", *args)
         assert np.all(np.isinf(want))
         for got in run("target_cotangent", *args):

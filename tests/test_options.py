@@ -16,12 +16,15 @@ from support import (
     quick,
     reference_derivatives,
     rng,
+    sparse,
 )
 
 N, V = 5, 7
 LOGITS = rng(10).normal(size=(N, V))
 LABELS = np.array([3, 0, 6, 2, 3], np.int32)
 TARGETS = rng(11).random((N, V)) * np.array([[1.0], [0.3], [2.0], [1.0], [0.0]])  # sums are not one
+KINDS = BOTH | {"sparse": sparse}
+IDS = np.array([[3, 0, 3, -1], [1, -1, -1, 5], [6, 6, 6, 6], [4, 0, 2, 1], [0, 1, 2, 3]], np.int32)
 
 CLASS_MASK = np.ones((N, V), bool)
 CLASS_MASK[[0, 0, 1, 3], [1, 6, 4, 0]] = False
@@ -36,6 +39,7 @@ ARRAYS = {
     "weights": {"weights": np.array([1.0, 0.5, 0.0, 2.0, 0.25])},
     "z_loss": {"z_loss": np.float64(0.3)},
     "softcap": {"softcap": np.float64(1.5)},
+    "temperature": {"temperature": np.array([0.5, 2.0, 1.5, 0.25, 1.0])},
 }
 STATIC = {
     "ignore_index": {"ignore_index": 3},
@@ -67,10 +71,11 @@ def names_for(kind):
 
 
 def cases():
-    for kind in BOTH:
+    for kind in KINDS:
         names = names_for(kind)
         everything = tuple(o for o in names if o not in ("keep examples", "sum"))
-        for options in [(), *((name,) for name in names), *sets_of(names), everything]:
+        alone = ((name,) for name in names if kind != "sparse")
+        for options in [(), *alone, *sets_of(names), everything]:
             yield pytest.param(kind, options, id="-".join([kind, *options]))
 
 
@@ -78,7 +83,7 @@ CASES = list(cases())
 
 
 def test_every_pair_is_in_a_case():
-    for kind in BOTH:
+    for kind in KINDS:
         for pair in itertools.combinations(names_for(kind), 2):
             together = [p for p in CASES if p.values[0] == kind and set(pair) <= set(p.values[1])]
             assert bool(together) == (not clash(pair))
@@ -91,8 +96,12 @@ def arguments_of(kind, options):
     arrays, static = {}, {}
     for option in options:
         (static if option in STATIC else arrays).update(OPTIONS[option])
-    labels = LABELS if kind == "integer" else TARGETS
-    arguments = {"logits": LOGITS, "labels": labels, **arrays}
+    labels = {
+        "integer": {"labels": LABELS},
+        "dense": {"labels": TARGETS},
+        "sparse": {"ids": IDS, "values": TARGETS[:, :4] - 0.2},
+    }[kind]
+    arguments = {"logits": LOGITS, **labels, **arrays}
     return {name: jnp.asarray(x) for name, x in arguments.items()}, static
 
 
@@ -108,7 +117,7 @@ def expected(kind, arguments, static):
 def test_options_agree_with_the_naive_formula(kind, options, x64):
     arguments, static = arguments_of(kind, options)
     cotangent, want = expected(kind, arguments, static)
-    ours = functools.partial(derivatives, functools.partial(BOTH[kind], **static))
+    ours = functools.partial(derivatives, functools.partial(KINDS[kind], **static))
     assert_trees_close(quick(ours)(arguments, cotangent), want)
 
 
@@ -118,7 +127,7 @@ def test_options_agree_with_the_naive_formula(kind, options, x64):
 def test_options_agree_in_the_forward_mode_rule(kind, options, x64):
     arguments, static = arguments_of(kind, options)
     cotangent, want = expected(kind, arguments, static)
-    fn = functools.partial(BOTH[kind], forward_mode=True, **static)
+    fn = functools.partial(KINDS[kind], forward_mode=True, **static)
     assert_trees_close(derivatives(fn, arguments, cotangent), want)
 
     # The tangent along a direction is the gradient in that direction.
@@ -217,7 +226,7 @@ def test_axes_are_read_in_the_order_given(kind, axis, x64):
     targets_here = targets.reshape(*(shape[a] for a in [*batch, *axes]))
     targets_here = targets_here.transpose(np.argsort([*batch, *axes]))
     weights = np.linspace(0.5, 2, last.shape[-1])
-    options = {"class_weights": weights, "softcap": 2.0, "label_smoothing": 0.1}
+    options = {"class_weights": weights, "softcap": 2.0, "label_smoothing": 0.1, "temperature": 0.7}
 
     @functools.partial(jax.jit, static_argnums=2)
     def losses_and_gradient(logits, labels, axis):
@@ -245,7 +254,7 @@ def test_class_masks_move_with_the_class_axis(x64):
 def test_scalar_options_of_python_numpy_and_jax_are_the_same(kind):
     logits = jnp.asarray(LOGITS, jnp.float32)
     labels = LABELS if kind == "integer" else jnp.asarray(TARGETS, jnp.float32)
-    values = {"label_smoothing": 0.25, "z_loss": 0.5, "softcap": 2.0}
+    values = {"label_smoothing": 0.25, "z_loss": 0.5, "softcap": 2.0, "temperature": 0.5}
     want = BOTH[kind](logits, labels, **values)
     for make in (np.float32, np.float64, np.asarray, jnp.float32, jnp.bfloat16, jnp.float16):
         got = BOTH[kind](logits, labels, **{k: make(v) for k, v in values.items()})

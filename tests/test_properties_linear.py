@@ -273,7 +273,7 @@ def program(problem):
 
     def placed(arguments):
         """Of each example in the batch's shape."""
-        each = {"hidden", "labels", "weights"}
+        each = {"hidden", "labels", "weights", "temperature"}
         return {k: x.reshape(*problem.batch, *x.shape[1:]) if k in each else x
                 for k, x in arguments.items()}  # fmt: skip
 

@@ -10,10 +10,7 @@ import optax
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import BOTH, TOLERANCE, cotangents, exact_gradient, one_hot, quick, rng, targets_of
-
-from jax_sce import _cross_entropy
-from jax_sce._rows import Rows
+from support import BOTH, TOLERANCE, cotangents, exact_gradient, lax_rules, one_hot, quick, rng
 
 N, V = 8, 6
 LOGITS = rng(40).normal(size=(N, V))
@@ -193,28 +190,28 @@ def test_forward_mode(kind):
 # -- both outputs of the rules -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["_label_rule", "_label_rule_forward", "_target_rule", "_target_rule_forward"]
-)
-@pytest.mark.parametrize("which", ["loss", "log_normalizer", "both"])
-def test_the_rules_honour_a_cotangent_of_each_output(name, which, x64):
-    rule = getattr(_cross_entropy, name)
-    kind = "integer" if "label" in name else "dense"
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("which", ["loss", "log_normalizer", "entropy", "all"])
+def test_the_rules_honour_a_cotangent_of_each_output(which, kind, forward_mode, x64):
     labels = labels_for(kind)
-    g_loss = cotangents(N) * (which != "log_normalizer")
-    g_log_normalizer = cotangents(N)[::-1] * (which != "loss")
-    g = jnp.asarray(g_loss), jnp.asarray(g_log_normalizer)
+    g = {
+        name: jnp.asarray(cotangents(N)[::step] * (which in (name, "all")))
+        for name, step in (("loss", 1), ("log_normalizer", -1), ("entropy", 1))
+    }
 
     def ours(logits, labels):
-        rows = Rows(logits, None, None, None, (-1,))
-        if kind == "integer":
-            out = rule(rows, labels, None)
-        else:
-            out = rule(rows, targets_of(labels, None, jnp.full((1, 1), 1 / V), None), None)
-        return out.loss, out.log_normalizer
+        loss, aux = BOTH[kind](logits, labels, return_aux=True, forward_mode=forward_mode)
+        return {"loss": loss, "log_normalizer": aux.log_normalizer, "entropy": aux.entropy}
 
+    @lax_rules()
     def reference(logits, labels):
-        return naive(kind, logits, labels), jax.nn.logsumexp(logits, axis=-1)
+        log_softmax = jax.nn.log_softmax(logits)
+        return {
+            "loss": naive(kind, logits, labels),
+            "log_normalizer": jax.nn.logsumexp(logits, axis=-1),
+            "entropy": -jnp.sum(jnp.exp(log_softmax) * log_softmax, axis=-1),
+        }
 
     for argnum in (0, 1) if kind == "dense" else (0,):
         at = (jnp.asarray(LOGITS), labels)
@@ -226,7 +223,7 @@ def test_the_rules_honour_a_cotangent_of_each_output(name, which, x64):
             return jax.vjp(partial, at[argnum])[1](g)[0]
 
         assert_close(pulled(ours), pulled(reference))
-    assert_close(ours(LOGITS, labels), reference(LOGITS, labels))
+    jax.tree.map(assert_close, ours(LOGITS, labels), reference(LOGITS, labels))
 
 
 # -- other platforms and many devices ------------------------------------------------------------

@@ -165,16 +165,32 @@ Error label_statistics(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<S32
 }
 
 Error label_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<S32> labels,
-                      In<F32> max, In<F32> at_label, In<F32> elsewhere, Result<AnyBuffer> out) {
+                      In<F32> max, In<F32> at_label, In<F32> elsewhere, In<F32> slope,
+                      Result<AnyBuffer> out) {
   Problem p;
   RETURN_IF_ERROR(read_problem(logits, where, &p));
   RETURN_IF_ERROR(check_rows(p, labels, max, at_label, elsewhere));
+  const bool has_slope = slope.element_count() != 0;  // or there are no rows
+  if (has_slope) RETURN_IF_ERROR(check_rows(p, slope));
   RETURN_IF_ERROR(check_cotangent(logits, *out));
   for_rows(pool, p.num_rows, p.num_classes,
            [&kernels = kernels(), z = p.logits, labels = labels.typed_data(), max = max.typed_data(),
             at_label = at_label.typed_data(), elsewhere = elsewhere.typed_data(),
+            slope = has_slope ? slope.typed_data() : nullptr,
             out = out->untyped_data()](int64_t begin, int64_t end) {
-             kernels.label_cotangent(z, labels, max, at_label, elsewhere, out, begin, end);
+             kernels.label_cotangent(z, labels, max, at_label, elsewhere, slope, out, begin, end);
+           });
+  return Error::Success();
+}
+
+Error spread(ThreadPool pool, AnyBuffer logits, In<PRED> where, In<F32> max, Out<F32> out) {
+  Problem p;
+  RETURN_IF_ERROR(read_problem(logits, where, &p));
+  RETURN_IF_ERROR(check_rows(p, max, *out));
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, max = max.typed_data(),
+            out = out->typed_data()](int64_t begin, int64_t end) {
+             kernels.spread(z, max, out, begin, end);
            });
   return Error::Success();
 }
@@ -216,6 +232,58 @@ Error target_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, AnyBuf
   return Error::Success();
 }
 
+// Logits and those of a teacher, float32 [N, V] both.
+Error read_both(const In<F32>& logits, const In<F32>& teacher, Problem* problem, Logits* of_teacher) {
+  const auto dimensions = logits.dimensions();
+  if (dimensions.size() < 1 || dimensions.back() < 1 ||
+      logits.element_count() != teacher.element_count())
+    return Error::InvalidArgument("logits must have a class or more, and the teacher's their size");
+  const int64_t num_classes = dimensions.back();
+  const int64_t num_rows = static_cast<int64_t>(logits.element_count()) / num_classes;
+  *problem = {num_rows, num_classes, {logits.typed_data(), Type::kF32, num_classes, nullptr, false}};
+  *of_teacher = {teacher.typed_data(), Type::kF32, num_classes, nullptr, false};
+  return Error::Success();
+}
+
+Error divergence_sums(ThreadPool pool, In<F32> logits, In<F32> teacher, In<F32> max, In<F32> tail,
+                      In<F32> teacher_max, In<F32> teacher_tail, In<F32> shift, Out<F32> gaps,
+                      Out<F32> rest) {
+  Problem p;
+  Logits t;
+  RETURN_IF_ERROR(read_both(logits, teacher, &p, &t));
+  RETURN_IF_ERROR(check_rows(p, max, tail, teacher_max, teacher_tail, shift, *gaps, *rest));
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, t, max = max.typed_data(), tail = tail.typed_data(),
+            teacher_max = teacher_max.typed_data(), teacher_tail = teacher_tail.typed_data(),
+            shift = shift.typed_data(), gaps = gaps->typed_data(),
+            rest = rest->typed_data()](int64_t begin, int64_t end) {
+             kernels.divergence_sums(z, t, max, tail, teacher_max, teacher_tail, shift, gaps, rest,
+                                     begin, end);
+           });
+  return Error::Success();
+}
+
+Error divergence_cotangent(ThreadPool pool, In<F32> logits, In<F32> teacher, In<F32> max,
+                           In<F32> tail, In<F32> teacher_max, In<F32> teacher_tail, In<F32> shift,
+                           In<F32> g_loss, In<F32> constant, Out<F32> out) {
+  Problem p;
+  Logits t;
+  RETURN_IF_ERROR(read_both(logits, teacher, &p, &t));
+  RETURN_IF_ERROR(
+      check_rows(p, max, tail, teacher_max, teacher_tail, shift, g_loss, constant));
+  if (out->element_count() != logits.element_count())
+    return Error::InvalidArgument("the cotangent must have the size of the logits");
+  for_rows(pool, p.num_rows, p.num_classes,
+           [&kernels = kernels(), z = p.logits, t, max = max.typed_data(), tail = tail.typed_data(),
+            teacher_max = teacher_max.typed_data(), teacher_tail = teacher_tail.typed_data(),
+            shift = shift.typed_data(), g_loss = g_loss.typed_data(),
+            constant = constant.typed_data(), out = out->typed_data()](int64_t begin, int64_t end) {
+             kernels.divergence_cotangent(z, t, max, tail, teacher_max, teacher_tail, shift, g_loss,
+                                          constant, out, begin, end);
+           });
+  return Error::Success();
+}
+
 }  // namespace
 
 // -- what is exported ---------------------------------------------------------------------------------
@@ -246,5 +314,8 @@ EXPORT_HANDLER(label_statistics)
 EXPORT_HANDLER(label_cotangent)
 EXPORT_HANDLER(target_statistics)
 EXPORT_HANDLER(target_cotangent)
+EXPORT_HANDLER(spread)
+EXPORT_HANDLER(divergence_sums)
+EXPORT_HANDLER(divergence_cotangent)
 
 }  // namespace jax_sce

@@ -734,29 +734,60 @@ void finish(const Logits& z, int64_t row, int64_t start, int64_t n, float* buffe
   write(out, z.type, n, buffer);
 }
 
+// Where an exponential is 0, the distance is not infinite, and their product 0.
+INLINE F not_infinite(F distance) { return larger(all(-128.f), distance); }
+
+void spread(const Logits& z, const float* max, float* out, int64_t begin, int64_t end) {
+  float buffer[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    const F highest = all(quiet(max[i]));
+    double so_far = 0;
+    for_blocks(z.num_classes, kBlock, [&](int64_t start, int64_t n) {
+      const Block x = read_logits(z, i, start, n, buffer);
+      F sums[kVectors] = {};
+      visit(x.type, [&](auto of) INLINED {
+        for_pairs<of.type>(x.data, n, kBlock, [&](int64_t, int k, Pair v) INLINED {
+          sums[k] += exp_difference(v.a, highest) * not_infinite(v.a - highest);
+          sums[k + 1] += exp_difference(v.b, highest) * not_infinite(v.b - highest);
+        });
+      });
+      so_far += total(sums);
+    });
+    out[i] = float(so_far);
+  }
+}
+
 void label_cotangent(const Logits& z, const int32_t* labels, const float* max,
-                     const float* at_label, const float* elsewhere, void* out, int64_t begin,
-                     int64_t end) {
-  if (has_few(z))
+                     const float* at_label, const float* elsewhere, const float* slope, void* out,
+                     int64_t begin, int64_t end) {
+  if (has_few(z) && slope == nullptr)
     return label_cotangent_of_few(z, labels, max, at_label, elsewhere, out, begin, end);
   float buffer[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     void* const row = at(out, z.type, i * z.num_classes);
-    if (elsewhere[i] == 0 && at_label[i] == 0) {
+    if (elsewhere[i] == 0 && at_label[i] == 0 && (slope == nullptr || slope[i] == 0)) {
       write_zeros(row, z.type, z.num_classes);
       continue;
     }
     const int64_t label = labels[i];
     const float highest = quiet(max[i]), factor = quiet(elsewhere[i]);
+    const float steepness = slope == nullptr ? 0 : quiet(slope[i]);
     for_blocks(z.num_classes, kBlock, [&](int64_t start, int64_t n) {
       const Block x = read_logits(z, i, start, n, buffer);
       void* const here = at(row, z.type, start);
       void* const g = x.data == buffer ? buffer : here;
-      visit(x.type, [&](auto of) INLINED {
+      const auto make = [&](auto of, auto value) INLINED {
         for_pairs<of.type>(x.data, n, kBlock, [&](int64_t j, int, Pair v) INLINED {
-          narrow<of.type>(g, j, {exp_of<Need::kExact>(v.a - highest) * factor,
-                                 exp_of<Need::kExact>(v.b - highest) * factor});
+          narrow<of.type>(g, j, {value(v.a - highest), value(v.b - highest)});
         });
+      };
+      visit(x.type, [&](auto of) INLINED {
+        if (slope == nullptr)
+          make(of, [&](F d) INLINED { return exp_of<Need::kExact>(d) * factor; });
+        else
+          make(of, [&](F d) INLINED {
+            return exp_of<Need::kExact>(d) * (factor + steepness * not_infinite(d));
+          });
       });
       if (start <= label && label < start + n) narrow(at(g, x.type, label - start), x.type, at_label[i]);
       if (g == buffer) finish(z, i, start, n, buffer, here);
@@ -830,6 +861,90 @@ void target_cotangent(const Logits& z, const Targets& y, const float* max, const
   }
 }
 
+// What a row has to itself in its divergence from a teacher's: see _divergence.py.
+struct Divergence {
+  float highest, share, teacher_highest, teacher_share, maxima, lost, shift;
+
+  Divergence(float max, float tail, float teacher_max, float teacher_tail, float shift)
+      : highest(quiet(max)), share(1 / (1 + quiet(tail))), teacher_highest(quiet(teacher_max)),
+        teacher_share(1 / (1 + quiet(teacher_tail))), maxima(teacher_highest - highest),
+        lost(float(double(teacher_highest) - highest - maxima)), shift(quiet(shift)) {}
+
+  struct Parts {
+    F gap, less, o;
+  };
+
+  INLINE Parts of(F z, F of_teacher) const {
+    const F o = exp_difference(z, all(highest)) * share;
+    const F t = exp_difference(of_teacher, all(teacher_highest)) * teacher_share;
+    const F apart = of_teacher - z, moved = apart - of_teacher;
+    const F error = (of_teacher - (apart - moved)) - (z + moved);  // exact: Knuth's two-sum
+    const F r = (apart - maxima) + ((apart - apart == 0 ? error : F{}) - lost) - shift;
+    const auto is_near = t != 0 & r < 1.5f & r > -1.5f;
+    const F x = is_near ? r : F{}, t_r = t * (t == 0 ? F{} : r);
+    F series = {};  // e^-x - 1 + x, over x^2
+    double factorial = 6227020800;  // 13!
+    for (int n = 13; n > 1; factorial /= n--) series = series * -x + float(1 / factorial);
+    const F near = t * series * x * x;
+    const F less = is_near ? near - t_r : o - t;
+    return {is_near ? near : less + t_r, less, o};
+  }
+};
+
+void divergence_sums(const Logits& z, const Logits& teacher, const float* max, const float* tail,
+                     const float* teacher_max, const float* teacher_tail, const float* shift,
+                     float* gaps, float* rest, int64_t begin, int64_t end) {
+  float logits[kBlock], of_teacher[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    const Divergence row(max[i], tail[i], teacher_max[i], teacher_tail[i], shift[i]);
+    double gaps_so_far = 0, rest_so_far = 0;
+    for_blocks(z.num_classes, kBlock, [&](int64_t start, int64_t n) {
+      const void* const x = read_logits(z, i, start, n, logits).data;
+      const void* const t = read_logits(teacher, i, start, n, of_teacher).data;
+      F gap[kVectors] = {}, less[kVectors] = {};
+      for_pairs<Type::kF32>(x, n, kBlock, [&](int64_t j, int k, Pair v) INLINED {
+        const Pair of = widen<Type::kF32>(t, j);
+        const auto a = row.of(v.a, of.a), b = row.of(v.b, of.b);
+        gap[k] += a.gap;
+        gap[k + 1] += b.gap;
+        less[k] += a.less;
+        less[k + 1] += b.less;
+      });
+      gaps_so_far += total(gap);
+      rest_so_far += total(less);
+    });
+    gaps[i] = float(gaps_so_far);
+    rest[i] = float(rest_so_far);
+  }
+}
+
+void divergence_cotangent(const Logits& z, const Logits& teacher, const float* max,
+                          const float* tail, const float* teacher_max, const float* teacher_tail,
+                          const float* shift, const float* g_loss, const float* constant, float* out,
+                          int64_t begin, int64_t end) {
+  float logits[kBlock], of_teacher[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    float* const to = out + i * z.num_classes;
+    if (g_loss[i] == 0 && constant[i] == 0) {
+      write_zeros(to, z.type, z.num_classes);
+      continue;
+    }
+    const Divergence row(max[i], tail[i], teacher_max[i], teacher_tail[i], shift[i]);
+    const float g = quiet(g_loss[i]), of_softmax = quiet(constant[i]);
+    for_blocks(z.num_classes, kBlock, [&](int64_t start, int64_t n) {
+      const void* const x = read_logits(z, i, start, n, logits).data;
+      const void* const t = read_logits(teacher, i, start, n, of_teacher).data;
+      float* const here = x == logits ? logits : to + start;
+      for_pairs<Type::kF32>(x, n, kBlock, [&](int64_t j, int, Pair v) INLINED {
+        const Pair of = widen<Type::kF32>(t, j);
+        const auto a = row.of(v.a, of.a), b = row.of(v.b, of.b);
+        narrow<Type::kF32>(here, j, {a.less * g + a.o * of_softmax, b.less * g + b.o * of_softmax});
+      });
+      if (here == logits) write(to + start, z.type, n, logits);
+    });
+  }
+}
+
 }  // namespace
 
 extern const Kernels JAX_SCE_PASTE(kernels_, JAX_SCE_LEVEL);
@@ -839,6 +954,9 @@ const Kernels JAX_SCE_PASTE(kernels_, JAX_SCE_LEVEL) = {
     label_cotangent,
     target_statistics,
     target_cotangent,
+    spread,
+    divergence_sums,
+    divergence_cotangent,
 };
 
 }  // namespace jax_sce

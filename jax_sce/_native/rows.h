@@ -39,11 +39,11 @@ struct Kernels {
   // The statistics, and the logit at the label: 0 if that is not in [0, V).
   void (*label_statistics)(const Logits&, const int32_t* labels, float* max, float* tail,
                            float* at_label, int64_t begin, int64_t end);
-  // elsewhere * exp(logit - max), and `at_label` at the label. `out` may be the logits. A row whose two
-  // factors are 0 is 0, whatever it holds.
+  // (elsewhere + slope * (logit - max)) * exp(logit - max), and `at_label` at the label. `slope` may be
+  // null, and `out` the logits. A row whose factors are 0 is 0, whatever it holds.
   void (*label_cotangent)(const Logits&, const int32_t* labels, const float* max,
-                          const float* at_label, const float* elsewhere, void* out, int64_t begin,
-                          int64_t end);
+                          const float* at_label, const float* elsewhere, const float* slope, void* out,
+                          int64_t begin, int64_t end);
   // The statistics, the sum of the targets, and that of the targets times (logit - max).
   void (*target_statistics)(const Logits&, const Targets&, float* max, float* tail, float* mass,
                             float* moment, int64_t begin, int64_t end);
@@ -52,6 +52,17 @@ struct Kernels {
   void (*target_cotangent)(const Logits&, const Targets&, const float* max, const float* tail,
                            const float* mass, const float* g_loss, const float* g_log_normalizer,
                            void* out, int64_t begin, int64_t end);
+  // The sum of exp(logit - max) * (logit - max).
+  void (*spread)(const Logits&, const float* max, float* out, int64_t begin, int64_t end);
+  // Of two rows of float32 logits without masks, what _divergence.py says.
+  void (*divergence_sums)(const Logits&, const Logits& teacher, const float* max, const float* tail,
+                          const float* teacher_max, const float* teacher_tail, const float* shift,
+                          float* gaps, float* rest, int64_t begin, int64_t end);
+  // `out` may be the logits. A row whose two factors are 0 is 0, whatever it holds.
+  void (*divergence_cotangent)(const Logits&, const Logits& teacher, const float* max,
+                               const float* tail, const float* teacher_max,
+                               const float* teacher_tail, const float* shift, const float* g_loss,
+                               const float* constant, float* out, int64_t begin, int64_t end);
 };
 
 }  // namespace jax_sce

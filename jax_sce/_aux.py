@@ -1,0 +1,72 @@
+"""What the losses know of each example besides its loss."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _axis, _backend, _layout
+from ._rows import Rows
+from ._weighting import Losses, only
+
+NO_RANK = 2**31 - 1  # less than no k
+
+
+class CrossEntropyAux(NamedTuple):
+    """What a loss knows of each example, [N...] each. What is not used costs nothing.
+
+    log_normalizer: float32 (float64 for float64 inputs), differentiated exactly.
+    prediction: int32, the class of the largest logit, the lowest of several.
+    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent class adds nothing.
+    rank: int32, how many classes are above the label; of equal ones the lower is above. The label is
+      among the top k where it is less than k. None if labels are not class ids.
+    teacher_entropy: of a `Teacher`'s softmax, a constant. None without one.
+
+    Examples that do not count have 0, a prediction of -1, and a rank of 2^31 - 1, as bad labels have."""
+
+    log_normalizer: Array
+    prediction: Array
+    entropy: Array
+    rank: Array | None = None
+    teacher_entropy: Array | None = None
+
+
+def aux_of(rows: Rows, ids: Array | None, losses: Losses, counts: Array | None) -> CrossEntropyAux:
+    """Of rows with those class ids, [N...], -1 for a bad one, or with other labels."""
+    return CrossEntropyAux(
+        losses.log_normalizer,
+        _prediction(rows, counts),
+        losses.entropy,  # type: ignore[arg-type]
+        None if ids is None else _rank(rows, ids, counts),
+        losses.target_entropy,
+    )
+
+
+def _raw(rows: Rows) -> Array:
+    return rows.masked(lax.stop_gradient(rows.logits))  # soft-cap and temperature keep the order
+
+
+def _prediction(rows: Rows, counts: Array | None) -> Array:
+    logits = _layout.classes_last(rows, _raw(rows))
+    place = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    place += _axis.offset(rows.axis_name, rows.num_classes)
+    place = _axis.first_place(rows.axis_name, jnp.max(logits, axis=-1), place)
+    return only(counts, place, -1)
+
+
+def _rank(rows: Rows, ids: Array, counts: Array | None) -> Array:
+    labels, logits = rows.expand(ids), _raw(rows)
+    pick = _backend.laid_out(rows, _at, lambda _, of_row: of_row)
+    at_label = _axis.largest(rows.axis_name, pick(rows, logits, labels))
+    # NaN is above everything else, as in the prediction.
+    is_nan, label_is_nan = jnp.isnan(logits), jnp.isnan(at_label)
+    is_equal = (logits == at_label) | (is_nan & label_is_nan)
+    is_above = (logits > at_label) | (is_nan & ~label_is_nan)
+    is_above |= is_equal & (rows.classes() < labels)
+    rank = jnp.sum(rows.masked(is_above, False), axis=rows.axes, dtype=jnp.int32)
+    rank = _axis.total(rows.axis_name, rank)
+    return only(counts, jnp.where(ids < 0, NO_RANK, rank), NO_RANK)
+
+
+def _at(rows: Rows, logits: Array, labels: Array) -> Array:
+    return jnp.where(rows.has(labels), rows.pick(logits, labels), -jnp.inf)
