@@ -33,7 +33,15 @@ def names(results):
     return {result.promise for result in results}
 
 
-CHEAP = ["one class", "bad labels", "absent classes", "every output", "weights of zero", "jit"]
+CHEAP = [
+    "one class",
+    "bad labels",
+    "absent classes",
+    "weights of zero",
+    "divergence",
+    "products",
+    "jit",
+]
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -118,6 +126,29 @@ def capped_without_its_derivative(logits, labels, *, softcap=None):
         return ours(logits, labels)
     capped = logits + lax.stop_gradient(softcap * jnp.tanh(logits / softcap) - logits)
     return ours(capped, labels)
+
+
+def padding_that_is_capped(logits, labels, *, softcap=None):
+    """To blocks of 512 classes, or of one short row, by what does not count before the cap."""
+    num_classes = logits.shape[-1]
+    rest = -num_classes % min(num_classes, 512)
+    padded = jnp.pad(logits, ((0, 0), (0, rest)), constant_values=-jnp.inf)
+    return ours(padded, labels, softcap=softcap)
+
+
+def constant_temperature(logits, labels, *, temperature=1):
+    return ours(logits, labels, temperature=lax.stop_gradient(temperature))
+
+
+def tempered_before_the_cap(logits, labels, *, temperature=1, softcap=None):
+    share = jnp.broadcast_to(temperature, labels.shape)[:, None]
+    return ours(logits / share, labels, softcap=softcap)
+
+
+def entropy_that_cancels(logits, labels, *, return_aux=False):
+    losses, aux = ours(logits, labels, return_aux=True)
+    mean = (jax.nn.softmax(logits) * logits).sum(-1)
+    return (losses, aux._replace(entropy=aux.log_normalizer - mean)) if return_aux else losses
 
 
 def ignored_as_class_zero(logits, labels, *, ignore_index=None):
@@ -255,18 +286,72 @@ def kernel_gradient_in_16_bits(hidden, kernel, labels):
     return whole_logits(hidden, kernel, labels)
 
 
+def uniform_cotangent_of_the_kernel(hidden, kernel, labels):
+    of_hidden = whole_logits(hidden, lax.stop_gradient(kernel), labels)
+    of_kernel = uniform_cotangents(lax.stop_gradient(hidden) @ kernel, labels)
+    return of_hidden + of_kernel - lax.stop_gradient(of_kernel)
+
+
+def tiles_without_a_normalizer(hidden, kernel, labels, *, z_loss=0, return_aux=False):
+    """The log-normalizer's gradient is dropped where there is more than one tile."""
+    losses, aux = OURS["linear"](hidden, kernel, labels, return_aux=True)
+    if len(labels) > 512:
+        aux = jax.tree.map(lax.stop_gradient, aux)
+    losses += z_loss * aux.log_normalizer**2
+    return (losses, aux) if return_aux else losses
+
+
+def sums_in_the_dtype_of_the_kernel(hidden, kernel, labels):
+    """As a loop over examples is differentiated by JAX."""
+
+    def one(example):
+        return whole_logits(*(x[None] if x is not kernel else x for x in example))[0]
+
+    return lax.map(lambda x: one((x[0], kernel, x[1])), (hidden, labels), batch_size=64)
+
+
+def sums_in_the_dtype_of_the_hidden_states(hidden, kernel, labels):
+    """As a loop over classes is."""
+
+    def dot(*kernel):
+        return jnp.matmul(hidden, *kernel, preferred_element_type=jnp.float32)
+
+    start = jnp.full(len(labels), -jnp.inf)
+    over, _ = lax.scan(
+        lambda total, column: (jnp.logaddexp(total, dot(column)), None), start, kernel.T
+    )
+    return over - picked(dot(kernel), labels)
+
+
+def cotangents_in_float32(hidden, kernel, labels):
+    return ours(jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32), labels)
+
+
+def divergence_that_cancels(hidden, kernel, labels):
+    if not isinstance(labels, jax_sce.Teacher):
+        return whole_logits(hidden, kernel, labels)
+    logits = hidden @ kernel
+    teacher = labels.hidden @ labels.kernel
+    entropy = OURS["dense"](teacher, jax.nn.softmax(teacher))
+    return OURS["dense"](logits, jax.nn.softmax(teacher)) - entropy
+
+
 FAULTS = [
     (log_of_a_probability, "integer", {"values", "absent labels"}),
     (gradient_of_the_mean, "integer", {"gradients"}),
     (uniform_cotangents, "integer", {"cotangents"}),
     (last_class_for_minus_one, "integer", {"bad labels"}),
     (cancelling, "integer", {"confident rows", "large offsets"}),
-    (shifted_by_the_largest_of_all, "integer", {"no examples", "bad rows"}),
+    (shifted_by_the_largest_of_all, "integer", {"no examples", "bad rows", "independent rows"}),
     (largest_counted_once, "integer", {"ties"}),
     (whole_blocks, "integer", {"uneven batches"}),
     (padded, "integer", {"many classes", "one class"}),
     (classes_in_the_dtype_of_labels, "integer", {"label dtypes"}),
     (capped_without_its_derivative, "integer", {"soft-cap"}),
+    (padding_that_is_capped, "integer", {"soft-cap"}),
+    (constant_temperature, "integer", {"temperature"}),
+    (tempered_before_the_cap, "integer", {"temperature"}),
+    (entropy_that_cancels, "integer", {"entropy"}),
     (ignored_as_class_zero, "integer", {"ignored labels"}),
     (masked_afterwards, "integer", {"ignored labels", "weights of zero", "masked rows"}),
     (masked_logits_are_zero, "integer", {"masked classes"}),
@@ -284,9 +369,15 @@ FAULTS = [
     (targets_that_sum_to_one, "dense", {"targets"}),
     (constant_targets, "dense", {"gradients by targets"}),
     (zero_times_infinity, "dense", {"absent classes", "bad input"}),
-    (aux_without_a_gradient, "linear", {"every output"}),
+    (aux_without_a_gradient, "linear", {"every output", "entropy"}),
     (whole_logits, "linear", {"memory"}),
     (kernel_gradient_in_16_bits, "linear", {"hidden states and kernel"}),
+    (uniform_cotangent_of_the_kernel, "linear", {"hidden states and kernel"}),
+    (tiles_without_a_normalizer, "linear", {"hidden states and kernel", "every output"}),
+    (sums_in_the_dtype_of_the_kernel, "linear", {"accumulation"}),
+    (sums_in_the_dtype_of_the_hidden_states, "linear", {"accumulation"}),
+    (cotangents_in_float32, "linear", {"products"}),
+    (divergence_that_cancels, "linear", {"divergence"}),
 ]
 
 
@@ -422,6 +513,36 @@ def test_the_oracle_is_what_jax_differentiates(x64):
     got = exact(logits, targets, class_weights=weights, **options)
     assert abs(got.loss - want).max() < 1e-13
     assert abs(got.by_logits - gradient).max() < 1e-13
+
+
+def test_the_oracle_of_temperature_and_entropy_is_what_jax_differentiates(x64):
+    r = jax.random.key(0)
+    logits = 3 * jax.random.normal(r, (4, 5), jnp.float64)
+    targets = jax.random.uniform(jax.random.fold_in(r, 1), (4, 5), jnp.float64, -0.5, 1)
+    temperature = jnp.array([0.5, 1.0, 2.0, 3.0])
+
+    def losses(logits, temperature):
+        capped = 2.5 * jnp.tanh(logits / 2.5) / temperature[:, None]
+        return jax_sce.reference.softmax_cross_entropy(capped, targets, z_loss=0.3)
+
+    def entropies(logits):
+        logs = jax.nn.log_softmax(2.5 * jnp.tanh(logits / 2.5) / temperature[:, None])
+        return -(jnp.exp(logs) * logs).sum(-1)
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        want, pull = jax.vjp(losses, logits, temperature)
+        of_entropy, pull_entropy = jax.vjp(entropies, logits)
+        by_logits, by_temperature = pull(jnp.ones(4))
+        (entropy_by_logits,) = pull_entropy(jnp.ones(4))
+    got = exact(logits, targets, z_loss=0.3, softcap=2.5, temperature=temperature)
+    for mine, theirs in (
+        (got.loss, want),
+        (got.by_logits, by_logits),
+        (got.by_temperature, by_temperature),
+        (got.entropy, of_entropy),
+        (got.entropy_by_logits, entropy_by_logits),
+    ):
+        assert abs(mine - theirs).max() < 1e-13
 
 
 # -- the command -------------------------------------------------------------------------------------

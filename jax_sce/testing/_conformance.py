@@ -88,8 +88,9 @@ def conformance(
       loss_fn: `loss_fn(logits, labels)` for logits [N, V], or `loss_fn(hidden, kernel, labels)` for
         hidden [N, D] and kernel [D, V]; returns the losses [N], or their mean or sum. Keywords of the
         names that jax_sce uses (`where`, `ignore_index`, `weights`, `class_weights`,
-        `label_smoothing`, `z_loss`, `softcap`, `reduction`, `return_aux`, `forward_mode`) are put to
-        the test if it takes them.
+        `label_smoothing`, `z_loss`, `softcap`, `temperature`, `reduction`, `return_aux`,
+        `forward_mode`) are put to the test if it takes them, and so are labels that are a
+        `jax_sce.Teacher`.
       kind: "integer" for labels [N], "dense" for labels [N, V], distributions, or "linear" for the loss
         of a head with labels [N].
       options: The keywords that it takes; None reads them from its signature.

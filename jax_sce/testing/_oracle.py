@@ -5,8 +5,12 @@ With `d_j = z_j - max z` and one maximum left out of `tail = sum_j e^{d_j} - 1`,
     -log o_j = log1p(tail) - d_j
     o_j sum(y) - y_j = (e^{d_j} (sum(y) - y_j) - y_j (S - e^{d_j})) / S,    S = 1 + tail
 
-where `S - e^{d_j}` is summed without the j-th term. The logits are taken as they are given, in 16 bits
-too, so the only errors are those of float64, 1e-16 of each term.
+where `S - e^{d_j}` is summed without the j-th term. Nor in the entropy, with `m = sum_k o_k d_k`:
+
+    H = log1p(tail) - m,    dH/dz_j = o_j (m - d_j)
+
+The logits are taken as they are given, in 16 bits too, so the only errors are those of float64, 1e-16 of
+each term.
 """
 
 from typing import NamedTuple
@@ -22,6 +26,9 @@ class Exact(NamedTuple):
     by_logits: np.ndarray  # [N, V], the derivative of the loss
     softmax: np.ndarray  # [N, V], the derivative of the log-normalizer
     by_targets: np.ndarray  # [N, V]
+    by_temperature: np.ndarray  # [N]
+    entropy: np.ndarray  # [N]
+    entropy_by_logits: np.ndarray  # [N, V]
 
 
 def wide(x) -> np.ndarray:
@@ -43,8 +50,10 @@ def exact(
     class_weights: np.ndarray | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: np.ndarray | float = 1.0,
 ) -> Exact:
-    """Of logits [N, V] and targets [N, V]. A class with a logit of -inf is absent."""
+    """Of logits [N, V], targets [N, V] and a temperature of all or of each, [N]. A class with a logit of
+    -inf is absent."""
     z, y = wide(logits), wide(targets)
     num_classes = z.shape[-1]
     y = (1 - label_smoothing) * y + label_smoothing / num_classes
@@ -54,6 +63,8 @@ def exact(
     if softcap is not None:
         slope = 1 / np.cosh(z / softcap) ** 2
         z = softcap * np.tanh(z / softcap)
+    degrees = wide(temperature)[..., None]
+    z, slope = z / degrees, slope / degrees
     with np.errstate(invalid="ignore", over="ignore"):
         highest = z.max(-1, keepdims=True)
         d = z - highest
@@ -72,7 +83,19 @@ def exact(
         softmax = e / normalizer
         by_logits = by_logits + 2 * z_loss * log_normalizer[..., None] * softmax
         loss = loss + z_loss * log_normalizer**2
-        return Exact(loss, log_normalizer, by_logits * slope, softmax * slope, costs)
+        moved = np.where(np.isneginf(z), 0, z * by_logits).sum(-1)
+        below = np.where(np.isneginf(d), 0, d)
+        mean = (softmax * below).sum(-1, keepdims=True)
+        return Exact(
+            loss,
+            log_normalizer,
+            by_logits * slope,
+            softmax * slope,
+            costs,
+            by_temperature=-moved / degrees[..., 0],
+            entropy=(np.log1p(tail) - mean)[..., 0],
+            entropy_by_logits=softmax * (mean - below) * slope,
+        )
 
 
 def _sum_of_others(y: np.ndarray, mass: np.ndarray) -> np.ndarray:

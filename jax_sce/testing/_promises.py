@@ -6,6 +6,7 @@ every class counts; odd sizes; cotangents and targets that are not uniform; rows
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from ._oracle import wide
+from .._targets import Teacher
+from ._oracle import exact as exactly, wide
 from ._trial import (
     KINDS,
     ORDINARY,
@@ -107,9 +109,9 @@ def _head_gradients(loss: Loss) -> Iterator[Measure]:
     )
     made = run(recipe)
     hidden, kernel, labels = (made[name] for name in ("hidden", "kernel", "labels"))
-    for options in ({}, {"reduction": "mean"}, {"softcap": 2.0, "z_loss": 0.1}):
-        if not options.keys() <= loss.options:
-            continue
+    mean = _taken(loss, reduction="mean")
+    terms = _taken(loss, softcap=2.0, z_loss=0.1)
+    for options in ({}, *filter(None, (mean, terms))):
         case = Case(wide(hidden) @ wide(kernel), labels, options, recipe)
         exact = case.exact
         reduces = options.get("reduction", loss.reduces)
@@ -137,6 +139,11 @@ def _head_gradients(loss: Loss) -> Iterator[Measure]:
             )
 
 
+def _taken(loss: Loss, **options: Any) -> dict[str, Any]:
+    """Those that the loss takes."""
+    return {k: x for k, x in options.items() if k in loss.options}
+
+
 def _confident(loss: Loss) -> Iterator[Measure]:
     case = rows(*([gap, 0.0, -1.0] for gap in (5.0, 10.0, 17.0, 30.0, 80.0)))
     distance = case.logits.max(-1, keepdims=True) - case.logits
@@ -155,6 +162,37 @@ def _offsets(loss: Loss) -> Iterator[Measure]:
 def _ties(loss: Loss) -> Iterator[Measure]:
     case = rows([3.0, 3.0, 3.0, -40.0], [1.0, -2.0, 1.0, 1.0], [0.0] * 4, labels=[1, 1, 3])
     yield from answers(loss, case, EXACT, gradient_bound=50 * GRADIENT, by_element=True)
+
+
+def _independent(loss: Loss) -> Iterator[Measure]:
+    """Of a batch of one size, bit by bit."""
+    if loss.reduces:
+        raise NotApplicable("it returns a mean or a sum only")
+    is_head = loss.kind == "linear"
+    own, state = ("hidden", {"state": "hidden"}) if is_head else ("logits", {})
+    call = loss.call(**state)
+    gradient = grad_of(f"jnp.sum({call})", own)
+    for n, v in ((7, 37), (601, 2049)):
+        case, row = normal(n, v), n // 2
+        if is_head:
+            case = case.and_then(
+                f"hidden = draw.standard_normal(({n}, {n})).astype(np.float32) / 9"
+            )
+        want: list[Any] = []
+        for others in (own, f"3 * {own}[::-1]", "np.nan", "np.inf"):
+            line = f"{own} = np.where(np.arange({n})[:, None] == {row}, {own}, {others})"
+            case_here = case.and_then(f"{line}.astype(np.float32)")
+            made = run(case_here.recipe)
+            case_here = dataclasses.replace(case_here, logits=made["logits"])
+            with calling(loss, case_here, gradient):
+                if is_head:
+                    out = _by_hidden(loss, *(made[k] for k in ("hidden", "logits", "labels")))
+                else:
+                    out = derivative(loss, case_here)
+            got = [x[row] for x in out]
+            want = want or got
+            for x, y, called in zip(got, want, (call, gradient), strict=True):
+                yield measure(loss, case_here, f"{called}[{row}]", x, y, 0.0)
 
 
 def _many_classes(loss: Loss) -> Iterator[Measure]:
@@ -366,7 +404,35 @@ def _z_loss(loss: Loss) -> Iterator[Measure]:
 
 
 def _softcap(loss: Loss) -> Iterator[Measure]:
+    """Also of many classes and an odd number: capped padding is a class that counts."""
     yield from _with(loss, softcap=3.0)
+    yield from answers(loss, normal(2, 2049).with_options(softcap=3.0))
+
+
+def _temperature(loss: Loss) -> Iterator[Measure]:
+    """One of all examples or one of each, after a soft-cap."""
+    g = np.array([1.0, -0.5, 2.0], np.float32)
+    others = _taken(loss, softcap=3.0)
+    for temperature in (np.array(0.75, np.float32), np.array([0.25, 1.0, 3.0], np.float32)):
+        if loss.reduces and temperature.ndim:
+            continue
+        yield from _with(loss, temperature=temperature, **others)
+        case = normal(3, 7).with_options(temperature=temperature, **others)
+        want = wide(g) * case.exact.by_temperature
+        case = case.and_then(f"temperature = {literal(temperature)}")
+        arrays = loss.arrays(case)
+
+        def total(temperature: Array, arrays: Any = arrays) -> Array:
+            return jnp.sum(g * loss.each(*arrays, temperature=temperature, **others))
+
+        losses = f"{loss.call(**others).removesuffix(')')}, temperature=temperature)"
+        call = grad_of(f"jnp.sum({literal(g)} * {losses})", "temperature")
+        with calling(loss, case, call):
+            got = jax.grad(total)(jnp.asarray(temperature))
+        scale = np.abs(want).max()
+        yield measure(
+            loss, case, call, got, want if temperature.ndim else want.sum(), ORDINARY, scale
+        )
 
 
 def _mean(loss: Loss) -> Iterator[Measure]:
@@ -410,22 +476,105 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
 
 
 def _every_output(loss: Loss) -> Iterator[Measure]:
-    g = np.array([1.0, -0.5, 0.25, 2.0, -1.5], np.float32)
-    h = np.array([0.5, 3.0, -1.0, 0.0, 0.25], np.float32)
-    case = normal(5, 37).and_then(f"g, h = {literal(g)}, {literal(h)}")
-    arrays = loss.arrays(case)
+    """Of a head also where it works in tiles."""
+    for n, v in ((5, 37), (1101, 2049))[: 2 if loss.kind == "linear" else 1]:
+        made = (
+            f"g = np.resize(np.array([1.0, -0.5, 0.25, 2.0, -1.5], np.float32), {n})",
+            f"h = np.resize(np.array([0.5, 3.0, -1.0, 0.0, 0.25, -2.0], np.float32), {n})",
+        )
+        names = run("\n".join(made))
+        g, h = names["g"], names["h"]
+        case = normal(n, v).and_then(*made)
+        arrays = loss.arrays(case)
 
-    def total(z: Array) -> Array:
-        losses, aux = loss.fn(*loss.at_logits(arrays, z), return_aux=True)
-        return jnp.sum(g * losses) + jnp.sum(h * aux[0])
+        def total(z: Array, arrays: Any = arrays, g: Any = g, h: Any = h) -> Array:
+            losses, aux = loss.fn(*loss.at_logits(arrays, z), return_aux=True)
+            return jnp.sum(g * losses) + jnp.sum(h * aux[0])
 
-    exact = case.exact
-    want = g[:, None] * exact.by_logits + h[:, None] * exact.softmax
-    outputs = loss.call(return_aux=True)
-    call = grad_of(f"(lambda x, aux: g @ x + h @ aux[0])(*{outputs})")
-    with calling(loss, case, call):
-        got = jax.grad(total)(arrays[loss.position])
-    yield measure(loss, case, call, got, want, ORDINARY, largest_in_row(want))
+        exact = case.exact
+        want = wide(g)[:, None] * exact.by_logits + wide(h)[:, None] * exact.softmax
+        outputs = loss.call(return_aux=True)
+        call = grad_of(f"(lambda x, aux: g @ x + h @ aux[0])(*{outputs})")
+        with calling(loss, case, call):
+            got = jax.grad(total)(arrays[loss.position])
+        yield measure(loss, case, call, got, want, ORDINARY, largest_in_row(want))
+
+
+def _entropy(loss: Loss) -> Iterator[Measure]:
+    confident = rows(*([gap, 0.0, -1.0] for gap in (5.0, 10.0, 17.0, 30.0)))
+    uniform = rows([1.0, 1.001, 0.999], [0.0, 1e-6, 0.0], [2.0] * 3)
+    absent = rows([1.0, -np.inf, 0.5])
+    for case in (normal(5, 37), normal(2, 2049), confident, uniform, absent):
+        arrays = loss.arrays(case)
+        g = np.resize(np.array([1.0, -0.5, 0.25], np.float32), len(case.logits))
+
+        def entropy(z: Array, arrays: Any = arrays) -> Array:
+            return loss.fn(*loss.at_logits(arrays, z), return_aux=True)[1].entropy
+
+        call = f"{loss.call(return_aux=True)}[1].entropy"
+        gradient = grad_of(f"jnp.sum({literal(g)} * {call})")
+        with calling(loss, case, gradient):
+            aux = loss.fn(*arrays, return_aux=True)[1]
+            if getattr(aux, "entropy", None) is None:
+                break
+            got, pull = jax.vjp(entropy, arrays[loss.position])
+            (by_logits,) = pull(jnp.asarray(g, got.dtype))
+        yield measure(loss, case, call, got, case.exact.entropy, ORDINARY)
+        want = wide(g)[:, None] * case.exact.entropy_by_logits
+        yield measure(loss, case, gradient, by_logits, want, ORDINARY, largest_in_row(want))
+    else:
+        return
+    raise NotApplicable("what it returns beside the losses has no entropy")
+
+
+def _divergence(loss: Loss) -> Iterator[Measure]:
+    """Of a student that is far from its teacher, near, and the same."""
+    if loss.reduces:
+        raise NotApplicable("it returns a mean or a sum only")
+    ones = jnp.ones((1, 1), jnp.float32)
+    labels: Any = Teacher(ones, ones, divergence=True)
+    try:
+        loss.raw(ones, ones, labels)
+    except Exception as error:
+        raise NotApplicable("it takes no jax_sce.Teacher for labels") from error
+    apart = (
+        "2.5 * draw.standard_normal(logits.shape)", "draw.standard_normal(logits.shape) / 1024", "0",
+    )  # fmt: skip
+    tempered = _taken(loss, temperature=2.0)
+    for n, v in ((5, 37), (3, 2049)):
+        for distance in apart:
+            case = normal(n, v).and_then(f"teacher = (logits + {distance}).astype(np.float32)",
+                                         "import jax_sce")  # fmt: skip
+            teacher = run(case.recipe)["teacher"]
+            for options in ({}, *filter(None, (tempered,))):
+                yield from _diverges(loss, case.with_options(**options), teacher)
+
+
+def _diverges(loss: Loss, case: Case, teacher: np.ndarray) -> Iterator[Measure]:
+    of_teacher = exactly(teacher, np.zeros(teacher.shape), **case.options)
+    of_student = exactly(case.logits, np.zeros(teacher.shape), **case.options)
+    degrees = case.options.get("temperature", 1.0)
+    softmax, others = (x.softmax * degrees for x in (of_student, of_teacher))
+    want = (others * (of_student.by_targets - of_teacher.by_targets)).sum(-1)
+    eye, kernel = jnp.eye(len(teacher), dtype=jnp.float32), jnp.asarray(case.logits)
+    labels: Any = Teacher(eye, jnp.asarray(teacher), divergence=True, **case.options)
+    keywords = "".join(f", {k}={x!r}" for k, x in case.options.items())
+    made = (
+        f"jax_sce.Teacher(jnp.eye({len(teacher)}), jnp.asarray(teacher){keywords}, divergence=True)"
+    )
+    call = loss.call(**case.options).replace(", labels", f", {made}", 1)
+    g = np.resize(np.array([1.0, -0.5, 0.25], np.float32), len(teacher))
+
+    def losses(kernel: Array) -> Array:
+        return loss.raw(eye, kernel, labels, **case.options)
+
+    gradient = grad_of(f"jnp.sum({literal(g)} * {call})")
+    with calling(loss, case, gradient):
+        got, pull = jax.vjp(losses, kernel)
+        (by_logits,) = pull(jnp.asarray(g))
+    yield measure(loss, case, call, got, want, ORDINARY)
+    want = wide(g)[:, None] * (softmax - others) / degrees
+    yield measure(loss, case, gradient, by_logits, want, ORDINARY, largest_in_row(want))
 
 
 # -- dtypes -------------------------------------------------------------------------------------------
@@ -444,6 +593,65 @@ def _half(dtype: str) -> Check:
                           largest_in_row(exact.by_logits))  # fmt: skip
 
     return check
+
+
+def _accumulation(loss: Loss) -> Iterator[Measure]:
+    """One large contribution among thousands that vanish if they are added to it in bfloat16: in the
+    kernel's gradient of examples, and in the hidden states' of classes."""
+    n, d, large = 32768, 8, 2.0**20
+    big = f"[{n // 2}] = {large}"
+    many = "hidden = np.ones(({0}, {1}), jnp.bfloat16)\nlogits = np.zeros(({1}, 2), jnp.bfloat16)"
+    wide_kernel = (
+        "hidden = np.zeros((2, {1}), jnp.bfloat16)\nlogits = np.ones(({1}, {0}), jnp.bfloat16)"
+    )
+    total = large + n - 1
+    examples, classes = np.array([[-0.5, 0.5]] * d) * total, np.full((2, d), (total - 1) / n)
+    if loss.reduces == "mean":
+        examples, classes = examples / n, classes / 2
+    for by, recipe, want in (
+        ("logits", f"{many}\nhidden{big}\nlabels = np.zeros({{0}}, np.int32)", examples),
+        ("hidden", f"{wide_kernel}\nlogits[:, {n // 2}] = {large}\nlogits[:, 1] = 0\n"
+                   "labels = np.ones(2, np.int32)", classes),
+    ):  # fmt: skip
+        recipe = recipe.format(n, d)
+        made = run(recipe)
+        case = Case(made["logits"], made["labels"], recipe=recipe)
+        arrays = [jnp.asarray(made[name]) for name in ("hidden", "logits", "labels")]
+        at = 1 if by == "logits" else 0
+
+        def summed(x: Array, arrays: Any = tuple(arrays), at: int = at) -> Array:
+            return jnp.sum(loss.raw(*arrays[:at], x, *arrays[at + 1 :]))
+
+        call = grad_of(f"jnp.sum({loss.call(state='hidden')})", by)
+        with calling(loss, case, call):
+            got = jax.grad(summed)(arrays[at])
+        yield measure(loss, case, call, got, want, HALF["bfloat16"])
+
+
+_MATRICES = re.compile(r"dot_general.*: \(tensor<(?:\d+x){2,}(\w+)>, tensor<(?:\d+x){2,}(\w+)>\)")
+
+
+def _products(loss: Loss) -> Iterator[Measure]:
+    """Of the program for a TPU before XLA sees it, which needs none: a CPU has its reasons to widen."""
+    n, d, v = 1024, 128, 4096
+    arrays = (
+        jax.ShapeDtypeStruct((n, d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((d, v), jnp.bfloat16),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+    fn = jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1))
+    try:
+        program = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    except Exception as error:
+        raise NotApplicable("it cannot be lowered for a TPU from here") from error
+    products = _MATRICES.findall(program)
+    if not products:
+        raise NotApplicable("its products are not in the program, but in kernels of its own")
+    widened = [types for types in products if not set(types) <= {"bf16", "f16"}]
+    shown = ", ".join(f"{a} by {b}" for a, b in widened)
+    says = f"of {len(products)} matrix products {len(widened)} are not of 16-bit numbers: {shown}"
+    line = f"# of bfloat16 {arrays[0].shape}, {arrays[1].shape}, lowered for a TPU: {says}"
+    yield Measure(float(len(widened)), 0.0, f"{loss.source}\n{line}", says)
 
 
 def _double(loss: Loss) -> Iterator[Measure]:
@@ -698,6 +906,8 @@ PROMISES = (
     Promise("large offsets", "what is added to all logits changes nothing",
             "when logits drift the loss is rounded by their size", _offsets),
     Promise("ties", "several largest logits are right", "an untrained head starts off wrong", _ties),
+    Promise("independent rows", "a row is the same bit by bit, whatever its neighbours hold",
+            "what an example costs depends on the batch that it came in", _independent),
     Promise("many classes", "large vocabularies of odd size count each class once",
             "padded or repeated classes enter the normalizer and every loss is off", _many_classes),
     Promise("uneven batches", "any number of examples and classes will do",
@@ -734,6 +944,9 @@ PROMISES = (
             "the normalizer drifts, though a penalty is reported", _z_loss, needs=("z_loss",)),
     Promise("soft-cap", "softcap is differentiated with the loss",
             "large logits get too large a gradient", _softcap, needs=("softcap",)),
+    Promise("temperature", "temperature divides the logits, and is differentiated",
+            "distillation and calibration learn another temperature", _temperature,
+            needs=("temperature",)),
     Promise("mean", "a mean divides by the exact weight of what counts",
             "the size of a step depends on the padding, or on rounding", _mean,
             needs=("reduction",)),
@@ -742,10 +955,21 @@ PROMISES = (
     Promise("every output", "the log-normalizer that is returned is differentiated",
             "a z-loss made of it is reported and never trained on", _every_output,
             needs=("return_aux",)),
+    Promise("entropy", "the entropy that is returned is exact, and differentiated",
+            "a bonus for exploration, or a penalty on doubt, pushes elsewhere", _entropy,
+            needs=("return_aux",)),
+    Promise("divergence", "a student's divergence and gradient are right, at its teacher too",
+            "distillation stalls, or wanders, where the student is nearly there", _divergence,
+            ("linear",)),
     Promise("bfloat16", "16-bit logits lose nothing but a rounding of their gradient",
             "losses are quantised to steps of a per cent", _half("bfloat16")),
     Promise("float16", "16-bit logits lose nothing but a rounding of their gradient",
             "losses are quantised to steps of a thousandth", _half("float16")),
+    Promise("accumulation", "16-bit gradients of a head are summed in more than 16 bits",
+            "what many examples or classes agree on is lost to rounding", _accumulation, ("linear",)),
+    Promise("products", "a 16-bit head multiplies 16-bit numbers, backward too",
+            "the numbers are right, and each backward product takes twice as long or more", _products,
+            ("linear",)),
     Promise("float64", "float64 stays float64", "numerical gradient checks fail", _double),
     Promise("jit", "it is the same under jax.jit", "the compiled step computes something else", _jit),
     Promise("vmap", "it is the same under jax.vmap, in both orders with jax.grad",

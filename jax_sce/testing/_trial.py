@@ -63,7 +63,7 @@ class Case:
 
     @functools.cached_property
     def exact(self) -> Exact:
-        known = ("label_smoothing", "class_weights", "z_loss", "softcap")
+        known = ("label_smoothing", "class_weights", "z_loss", "softcap", "temperature")
         return exact(
             self.logits, self.targets, **{k: x for k, x in self.options.items() if k in known}
         )
