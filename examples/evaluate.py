@@ -8,8 +8,9 @@ the loss of each class, the accuracy and the calibration of each model, and of t
 averages their probabilities: `jax.vmap` over models, and within it over classes.
 
 The language model: a small one of `train_language_model.py`, trained briefly. The fused head gives
-the loss of each held-out token, the model's prediction and the log-normalizer, hence its confidence
-and the perplexity and accuracy of each held-out file, and the logits of the text never exist.
+the loss of each held-out token, the rank of the true token, the model's prediction and the
+log-normalizer, hence the perplexity, top-1 and top-5 accuracy and confidence on each held-out file,
+and the logits of the text never exist.
 
 Time: one to two minutes on two CPU cores, the first run half a minute more to encode the text;
 `--quick` does all of it, much smaller, in less than a minute.
@@ -66,17 +67,16 @@ def measure(logits: Array, labels: Array) -> Report:
             logits, labels, weights=labels == label, reduction="mean"
         )
 
-    prediction = logits.argmax(-1)
-    correct = prediction == labels
-    # The loss of the prediction as if it were the label: minus the log of the largest probability.
-    confidence = jnp.exp(-softmax_cross_entropy_with_integer_labels(logits, prediction))
+    losses, aux = softmax_cross_entropy_with_integer_labels(logits, labels, return_aux=True)
+    correct = aux.rank == 0
+    confidence = jnp.exp(logits.max(-1) - aux.log_normalizer)
     bins = jnp.minimum(confidence * BINS, BINS - 1).astype(jnp.int32)
     in_bin = jax.nn.one_hot(bins, BINS, axis=0)  # [BINS, N]
     bin_confidence, bin_correct = in_bin @ confidence, in_bin @ correct
     return Report(
-        losses=softmax_cross_entropy_with_integer_labels(logits, labels),
+        losses=losses,
         class_loss=jax.vmap(class_loss)(jnp.arange(CLASSES)),
-        prediction=prediction,
+        prediction=aux.prediction,
         accuracy=correct.mean(),
         bin_count=in_bin.sum(1),
         bin_confidence=bin_confidence,
@@ -184,8 +184,12 @@ class TokenReport(NamedTuple):
     """What is measured of each held-out token."""
 
     loss: np.ndarray  # [N], float
-    correct: np.ndarray  # [N], bool, whether it was the prediction
+    rank: np.ndarray  # [N], int, how many tokens the model thought likelier
     confidence: np.ndarray  # [N], the probability that the model gave its prediction
+
+    def top(self, k: int) -> float:
+        """The share of tokens among the model's first k guesses."""
+        return (self.rank < k).mean()
 
 
 @nnx.jit
@@ -202,7 +206,7 @@ def measure_tokens(model: language.Transformer, windows: Array) -> TokenReport:
         )
         # One logit for each token, that of the prediction, is all that its probability needs.
         logit = (hidden * embedding[aux.prediction]).sum(-1)
-        return TokenReport(loss, aux.prediction == labels, jnp.exp(logit - aux.log_normalizer))
+        return TokenReport(loss, aux.rank, jnp.exp(logit - aux.log_normalizer))
 
     return jax.lax.map(measure_batch, windows)
 
@@ -234,7 +238,9 @@ def file_windows(tokens: np.ndarray, config: language.Config) -> np.ndarray:
     return language.windows_at(padded, config.context * np.arange(count), config)
 
 
-def rank(files: dict[str, TokenReport]) -> tuple[dict[str, TokenReport], dict[str, TokenReport]]:
+def hardest_and_easiest(
+    files: dict[str, TokenReport],
+) -> tuple[dict[str, TokenReport], dict[str, TokenReport]]:
     """The hardest and the easiest files by the loss of a token, each sorted, hardest first."""
     long = [name for name, report in files.items() if report.loss.size >= LEAST]
     ranked = sorted(long, key=lambda name: -files[name].loss.mean())
@@ -248,18 +254,18 @@ def all_tokens(files: dict[str, TokenReport]) -> TokenReport:
 
 
 def show_files(files: dict[str, TokenReport]) -> Table:
-    table = Table(title="The hardest and the easiest held-out files, loss in nats per token")
+    table = Table(title="The hardest and the easiest held-out files")
     table.add_column("file", overflow="fold")
-    for heading in ("tokens", "loss", "perplexity", "accuracy", "confidence"):
+    for heading in ("tokens", "perplexity", "top-1", "top-5", "confidence"):
         table.add_column(heading, justify="right")
-    for part in (*rank(files), {f"all {len(files)} files": all_tokens(files)}):
+    for part in (*hardest_and_easiest(files), {f"all {len(files)} files": all_tokens(files)}):
         for name, report in part.items():
             table.add_row(
                 name,
                 f"{report.loss.size:,}",
-                f"{report.loss.mean():.3f}",
                 f"{np.exp(report.loss.mean()):,.1f}",
-                f"{report.correct.mean():.1%}",
+                f"{report.top(1):.1%}",
+                f"{report.top(5):.1%}",
                 f"{report.confidence.mean():.1%}",
             )
         table.add_section()
@@ -271,23 +277,23 @@ def draw_files(files: dict[str, TokenReport], path: Path) -> None:
     tokens = all_tokens(files)
 
     styles = (("hardest", ORANGE, "s"), ("easiest", BLUE, "o"))
-    for part, (label, color, marker) in zip(rank(files), styles, strict=True):
+    for part, (label, color, marker) in zip(hardest_and_easiest(files), styles, strict=True):
         losses = [report.loss.mean() for report in part.values()]
         by_file.plot(losses, list(part), marker, color=color, label=label)
         for name, loss in zip(part, losses, strict=True):
-            accuracy = f"{part[name].correct.mean():.0%}"
+            accuracy = f"{part[name].top(1):.0%}, {part[name].top(5):.0%}"
             by_file.annotate(
                 accuracy, (loss, name), (7, 0), textcoords="offset points", va="center"
             )
     by_file.axvline(tokens.loss.mean(), color="black", linestyle=":", label="all files")
     by_file.invert_yaxis()
-    by_file.margins(x=0.12)
-    by_file.set(title="Held-out files, and their top-1 accuracy", xlabel="loss (nats per token)")
+    by_file.margins(x=0.25)  # room for the figures
+    by_file.set(title="Held-out files: top-1, top-5 accuracy", xlabel="loss (nats per token)")
 
     # As many tokens in each bin: a model that is rarely sure has few of them at high confidence.
     bins = np.array_split(np.argsort(tokens.confidence), BINS)
     confidence = np.array([tokens.confidence[i].mean() for i in bins])
-    share = np.array([tokens.correct[i].mean() for i in bins])
+    share = np.array([(tokens.rank[i] == 0).mean() for i in bins])
     error = np.sqrt(share * (1 - share) / [len(i) for i in bins])
     reliability.errorbar(
         100 * confidence, 100 * share, 100 * error, color=BLUE, marker="o", capsize=3,
