@@ -311,10 +311,11 @@ def loss_of(inputs: Inputs) -> Any:
 def checked(labels: Any, num_classes: int, counts: Array | None, has_ids: bool) -> Any:
     """Class ids as int32: -1 for a bad one, and V for an empty place. Other labels as they are."""
     if isinstance(labels, Sparse):
-        is_empty = labels.ids < 0
+        given: Any = labels.ids
+        is_empty = given < 0
         reported = ~is_empty if counts is None else ~is_empty & counts[..., None]
-        ids = class_index(labels.ids, num_classes, reported)
-        return dataclasses.replace(labels, ids=jnp.where(is_empty, num_classes, ids))
+        ids = class_index(given, num_classes, reported)
+        return Sparse(jnp.where(is_empty, num_classes, ids), labels.values)
     return class_index(labels, num_classes, counts) if has_ids else labels
 
 
@@ -361,7 +362,7 @@ def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -
     return weighted(options, out, class_weight)
 
 
-def _sparse_targets(rows: Rows, labels: Sparse, options: Options) -> SparseTargets:
+def _sparse_targets(rows: Rows, labels: Any, options: Options) -> SparseTargets:
     ids = rows.expand_last(labels.ids)
     values = jnp.where(
         ids == rows.num_classes * _axis.size(rows.axis_name), 0, rows.expand_last(labels.values)

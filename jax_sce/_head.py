@@ -159,13 +159,14 @@ def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
     return dataclasses.replace(chunk, hidden=hidden, options=options)
 
 
-def _logits(head: Inputs | Teacher, precision: Any) -> Array:
+def _logits(head: Any, precision: Any) -> Array:
+    """Of the student's `Inputs`, or of a `Teacher`."""
     logits = _chunks.dot(head.hidden, head.kernel, precision)
     return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
 
-def _rows(chunk: Inputs, logits: Array, head: Options | Teacher) -> Rows:
-    """Of the student, by its options, or of the teacher."""
+def _rows(chunk: Inputs, logits: Array, head: Any) -> Rows:
+    """Of the student, by its `Options`, or of a `Teacher`."""
     options = chunk.options
     rows = _cross_entropy.rows_of(logits, (-1,), options.axis_name, head.softcap, head.temperature)
     return rows if chunk.exists is None else dataclasses.replace(rows, mask=chunk.exists)

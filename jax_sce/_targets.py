@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-from jax import Array
+from jax.typing import ArrayLike
 
 from ._rows import STATIC
 
@@ -34,8 +34,8 @@ class Sparse:
       0.7861
     """
 
-    ids: Array
-    values: Array
+    ids: ArrayLike
+    values: ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +79,9 @@ class Teacher:
       Hinton et al. (2015), "Distilling the knowledge in a neural network", arXiv:1503.02531.
     """
 
-    hidden: Array
-    kernel: Array
-    bias: Array | None = None
-    temperature: Array | None = None
-    softcap: Array | None = None
+    hidden: ArrayLike
+    kernel: ArrayLike
+    bias: ArrayLike | None = None
+    temperature: ArrayLike | None = None
+    softcap: ArrayLike | None = None
     divergence: bool = dataclasses.field(default=False, metadata=STATIC)

@@ -66,10 +66,11 @@ def masks(kind):
     ],
 )
 def test_rows(kind, mask, softcap):
-    """Both are within 16 u; with a soft-cap the capped logits are rounded twice, each to the unit of
-    7."""
+    """Both are within 16 u; with a soft-cap and a temperature the logits are rounded twice, each to the
+    unit of 7."""
     cap = None if softcap is None else jnp.full((1, 1), softcap)
-    rows = Rows(jnp.asarray(logits()), (-1,), masks(mask), cap)
+    temperature = None if softcap is None else jnp.linspace(0.7, 2, 13)[:, None]
+    rows = Rows(jnp.asarray(logits()), (-1,), masks(mask), cap, temperature)
     ids = jnp.asarray(rng(2).integers(0, 3, (13, 1)), jnp.int32)
     uniform = jnp.full((1, 1), 1 / V)
     p = jax.nn.softmax(jnp.asarray(rng(3).normal(size=(13, V)), jnp.float32))
@@ -98,7 +99,10 @@ def test_columns(shape, axis, softcap):
     labels_shape[axis] = 1
     labels = jnp.asarray(rng(5).integers(0, shape[axis], labels_shape), jnp.int32)
     cap = None if softcap is None else jnp.full((1,) * len(shape), softcap)
-    rows = Rows(jnp.asarray(z), (axis,), None, cap)
+    temperature = None
+    if softcap is not None:
+        temperature = jnp.asarray(rng(6).uniform(0.7, 2, labels_shape), jnp.float32)
+    rows = Rows(jnp.asarray(z), (axis,), None, cap, temperature)
     got = _gpu.label_statistics(rows, labels, interpret=True)
     want = jax.jit(_cpu.FORMS["label_statistics"])(rows, labels)
     assert_same(got, want, TOLERANCE["loss"] if softcap is None else 4 * TOLERANCE["loss"])
