@@ -1198,7 +1198,7 @@ ERRORS = {
     "ignore_index of distributions": (
         {"labels": FLOATS, "ignore_index": 0},
         ValueError,
-        "ignore_index must be None.*distributions",
+        "ignore_index must be None for labels that are not class ids",
     ),
     "ignore_index a float": ({"ignore_index": 1.0}, TypeError, "ignore_index.*integer.*1.0"),
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be above 0, got 0"),
