@@ -1,6 +1,7 @@
 """Teach a transformer to sort by reward alone, with jax_sce as its policy gradient.
 
-    python examples/policy_gradient.py [--quick] [--seed SEED] [--out FOLDER]
+    pip install -e ".[examples]"
+    python examples/policy_gradient.py
 
 The prompt is five digits; the model must write the different ones among them in rising order and
 stop: `72527>257`. It never sees an answer. A program rewards what it writes by the share of right
@@ -193,7 +194,7 @@ def draw(history: Measured, path: Path) -> None:
     entropy.set(title="Entropy", xlabel="step", ylabel="nats per token")
     entropy.set_ylim(bottom=0)
     for axes in (rewards, entropy):
-        axes.legend(loc="center right")
+        axes.legend(loc="best")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Sorting {DIGITS} digits, learned by reward alone")
