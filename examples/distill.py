@@ -15,8 +15,8 @@ A table compares how well they predict held-out text and how far from the teache
 `distill.png` draws the perplexity by step. A second table has the memory that the loss and its
 gradients take with `Teacher` and in plain JAX, which holds the logits of both models.
 
-Time: one to two minutes on two free CPU cores, half of which is the teacher's, at the first run
-only; `--quick` does all of it, much smaller, in half a minute.
+Time: one to two minutes on two free CPU cores. The first run trains the teacher in half of that;
+later runs find it in the cache. `--quick` does all of it, much smaller, in half a minute.
 """
 
 from __future__ import annotations

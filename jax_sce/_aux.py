@@ -13,7 +13,7 @@ NO_RANK = 2**31 - 1  # less than no k
 
 
 class CrossEntropyAux(NamedTuple):
-    """What a loss knows of each example, [N...] each. What is not used costs nothing.
+    """What a loss knows of each example, [N...] each. A field that is not used costs nothing.
 
     log_normalizer: float32 (float64 for float64 inputs), differentiated exactly.
     prediction: int32, the class of the largest logit, the lowest of several.

@@ -55,8 +55,8 @@ class Operation(NamedTuple):
 
     plain: Callable
     num_statistics: int = 0  # results that are [N, 1]; 0 for a cotangent
-    sums: Callable | None = None  # what statistics are, given the maximum: for their derivative
-    tells_kept: bool = False  # with a mask, is there one result more?
+    # What statistics are, given the maximum: for their derivative. With a mask these give one more.
+    sums: Callable | None = None
 
     @property
     def name(self) -> str:
@@ -95,11 +95,9 @@ def laid_out(rows: Rows, function: Callable, results: Callable[[Any, Any], Any])
 
 
 # Statistics, [N, 1] each; and the cotangent of the rows.
-label_statistics = functools.partial(
-    _bind, Operation(_rows.label_statistics, 3, _rows.label_sums, tells_kept=True)
-)
+label_statistics = functools.partial(_bind, Operation(_rows.label_statistics, 3, _rows.label_sums))
 target_statistics = functools.partial(
-    _bind, Operation(_rows.target_statistics, 4, _rows.target_sums, tells_kept=True)
+    _bind, Operation(_rows.target_statistics, 4, _rows.target_sums)
 )
 spread = functools.partial(_bind, Operation(_rows.spread, 1))
 label_cotangent = functools.partial(_bind, Operation(_rows.label_cotangent))
@@ -111,7 +109,7 @@ divergence_cotangent = functools.partial(_bind, Operation(_divergence.divergence
 def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> list[Any]:
     """One entry for each result: `of_logits` for [N, V], `of_row` for [N, 1]."""
     if operation.num_statistics:
-        tells_kept = operation.tells_kept and rows.mask is not None
+        tells_kept = operation.sums is not None and rows.mask is not None
         return [of_row] * (operation.num_statistics + tells_kept)
     return [of_logits] + [of_row] * sum(x is not None for x in (rows.softcap, rows.temperature))
 

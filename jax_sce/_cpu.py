@@ -38,14 +38,15 @@ def supports(operation: str, rows: Rows, *args: Any) -> bool:
     ids_are_here = rows.first_class is None or all(x.ids is None for x in targets)
     shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
     has_slope = operation.endswith("cotangent") and args[-1] is not None
+    if has_slope and operation != "label_cotangent":
+        return False
     if operation.startswith("divergence"):
         both = (rows, args[0])
         is_plain = all(x.is_raw and x.mask is None and x.logits.dtype == jnp.float32 for x in both)
-        return is_plain and not has_slope and native.status().available
+        return is_plain and native.status().available
     return (
         _layout.is_16_or_32_bit(rows, targets)
         and rows.is_raw
-        and not (has_slope and targets)
         and all(x.ids is not None or x.dense is not None for x in targets)
         and ids_are_here
         and all(math.prod(_layout.batch(rows, x)) == 1 for x in shared)

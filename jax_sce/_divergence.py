@@ -54,8 +54,8 @@ def divergence_sums(rows: Rows, teacher: Rows, *args: Array) -> tuple[Array, Arr
     """The sums of `t (e^{-r} - 1 + r)` and of `t (e^{-r} - 1)`, [N, 1], of the classes here, given both
     maxima and tails, and c."""
     gaps = _rows.sum_classes(rows, _apart(rows, teacher, *args)[0])
-    # Behind a barrier it is computed anew: for two sums XLA for CPU would write it to memory. (JAX
-    # cannot transpose a barrier for several arrays where some are constants.)
+    # XLA for CPU would write what both sums share to memory; the barrier has it compute that again.
+    # (JAX cannot transpose a barrier for several arrays where some are constants.)
     rows, teacher = jax.tree.map(lax.optimization_barrier, (rows, teacher))
     return gaps, _rows.sum_classes(rows, _apart(rows, teacher, *args)[1])
 

@@ -78,8 +78,8 @@ def _soft_cap_jvp(primals, tangents):
 
 @jax.custom_jvp
 def temper(x: Array, temperature: Array) -> Array:
-    """`x / temperature`, whose derivative by the temperature leaves out what is not finite: an absent
-    class has none, and a row that does not count must stay at 0."""
+    """`x / temperature`. Its derivative by the temperature leaves out quotients that are not finite: an
+    absent class has none, and a row that does not count must stay at 0."""
     return x / temperature
 
 

@@ -69,9 +69,10 @@ class _Sparse(Kind):
         of_rows = _elsewhere(residuals, of_row, _backend.label_cotangent, _backend.target_cotangent)
         # The K logits of a row are a row of their own.
         own = dataclasses.replace(rows, logits=numbers.logits, mask=None, first_class=None)
-        (of_logits, *_) = _rows.cotangent_of(own, _at(residuals, of_row))
+        once, of_values = _at(residuals, of_row)
+        (of_logits, *_) = _rows.cotangent_of(own, of_values)
         put = _backend.laid_out(rows, Rows.put, lambda of_logits, _: of_logits)
-        logits = put(rows, of_rows.logits, _once(residuals), of_logits)
+        logits = put(rows, of_rows.logits, once, of_logits)
         # By the soft-cap and the temperature, all that targets do is to take away their mass.
         g_mass = jnp.where(of_row.g_loss == 0, 0, -of_row.g_loss * numbers.mass)
         (_, *taken) = _rows.cotangent_of(own, g_mass)
@@ -93,7 +94,7 @@ class _Sparse(Kind):
         of_values = _elsewhere(
             residuals, of_row, _rows.label_cotangent_of_values, _rows.target_cotangent_of_values,
             subtract=below)  # fmt: skip
-        return residuals.rows.put(of_values, _once(residuals), _at(residuals, of_row))
+        return residuals.rows.put(of_values, *_at(residuals, of_row))
 
     def along(self, residuals, g_loss, moving):
         rows, uniform = residuals.rows, residuals.targets.uniform
@@ -162,25 +163,19 @@ def _merged(ids: Array, mass: Array) -> tuple[Array, Array]:
     return first == place, total
 
 
-def _once(residuals: Residuals) -> Array:
-    """The classes, [N, K], each once. The others have places behind the classes, all different."""
-    rows, (_, here, *_) = residuals.rows, residuals.numbers
-    ids, here = rows.squeeze_last(residuals.targets.ids), rows.squeeze_last(here)
-    is_first, _ = _merged(ids, jnp.zeros(ids.shape, rows.dtype))
+def _at(residuals: Residuals, factors: Factors) -> tuple[Array, Array]:
+    """The classes, [N, K], each once, and the cotangent of the K values, [N, K]. A class that is here
+    already, or not at all, has a place behind the classes, each its own."""
+    rows, targets, _, stats, numbers, _ = residuals
+    ids, here, mass = map(rows.squeeze_last, (targets.ids, numbers.here, numbers.mass))
+    is_first, total = _merged(ids, mass)
     behind = rows.num_classes * _axis.size(rows.axis_name)
     nowhere = behind + lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
-    return rows.expand_last(jnp.where(here & is_first, ids, nowhere))
-
-
-def _at(residuals: Residuals, factors: Factors) -> Array:
-    """The cotangent of the K values, [N, K]."""
-    rows, targets, _, stats, numbers, _ = residuals
-    _, total = _merged(rows.squeeze_last(targets.ids), rows.squeeze_last(numbers.mass))
-    total = rows.expand_last(total)
+    once, total = map(rows.expand_last, (jnp.where(here & is_first, ids, nowhere), total))
     if targets.uniform is not None:
         total += jnp.where(numbers.here, _uniform_at(rows, targets.ids, targets.uniform), 0)
     tail, target_sum = map(rows.expand, (stats.tail, numbers.target_sum))
-    return _rows.target_cotangent_at(total, numbers.distance, tail, target_sum, *factors)
+    return once, _rows.target_cotangent_at(total, numbers.distance, tail, target_sum, *factors)
 
 
 def _uniform_at(rows: Rows, ids: Array, uniform: Targets) -> Array:

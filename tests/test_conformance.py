@@ -129,7 +129,7 @@ def capped_without_its_derivative(logits, labels, *, softcap=None):
 
 
 def padding_that_is_capped(logits, labels, *, softcap=None):
-    """To blocks of 512 classes, or of one short row, by what does not count before the cap."""
+    """Pads to blocks of 512 classes, or of one short row, by logits that count once they are capped."""
     num_classes = logits.shape[-1]
     rest = -num_classes % min(num_classes, 512)
     padded = jnp.pad(logits, ((0, 0), (0, rest)), constant_values=-jnp.inf)

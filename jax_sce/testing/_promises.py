@@ -628,18 +628,22 @@ def _accumulation(loss: Loss) -> Iterator[Measure]:
         yield measure(loss, case, call, got, want, HALF["bfloat16"])
 
 
+def _head_gradient(loss: Loss, n: int, d: int, v: int, dtype: Any) -> tuple[Callable, Any]:
+    """That of a head's mean loss, and the shapes of its arguments: to be compiled, not run."""
+    arrays = (
+        jax.ShapeDtypeStruct((n, d), dtype),
+        jax.ShapeDtypeStruct((d, v), dtype),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+    return jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1)), arrays
+
+
 _MATRICES = re.compile(r"dot_general.*: \(tensor<(?:\d+x){2,}(\w+)>, tensor<(?:\d+x){2,}(\w+)>\)")
 
 
 def _products(loss: Loss) -> Iterator[Measure]:
     """Of the program for a TPU before XLA sees it, which needs none: a CPU has its reasons to widen."""
-    n, d, v = 1024, 128, 4096
-    arrays = (
-        jax.ShapeDtypeStruct((n, d), jnp.bfloat16),
-        jax.ShapeDtypeStruct((d, v), jnp.bfloat16),
-        jax.ShapeDtypeStruct((n,), jnp.int32),
-    )
-    fn = jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1))
+    fn, arrays = _head_gradient(loss, 1024, 128, 4096, jnp.bfloat16)
     try:
         program = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
     except Exception as error:
@@ -840,13 +844,8 @@ def _residuals(loss: Loss) -> Iterator[Measure]:
 
 def _head_memory(loss: Loss) -> Iterator[Measure]:
     """Temporary memory of the compiled gradient, in arrays of logits."""
-    n, d, v = 1024, 8, 65536
-    arrays = (
-        jax.ShapeDtypeStruct((n, d), jnp.float32),
-        jax.ShapeDtypeStruct((d, v), jnp.float32),
-        jax.ShapeDtypeStruct((n,), jnp.int32),
-    )
-    fn = jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1))
+    n, v = 1024, 65536
+    fn, arrays = _head_gradient(loss, n, 8, v, jnp.float32)
     with calling(loss, case := zeros(n, v), gradient_call(loss, case)):
         memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
     if memory is None:
