@@ -14,12 +14,15 @@ Example:
   0.8133
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 
+@functools.partial(jax.jit, static_argnames=("reduction",))
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
@@ -45,6 +48,7 @@ def softmax_cross_entropy(
                  z_loss, softcap, temperature, reduction)  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames=("ignore_index", "reduction"))
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,

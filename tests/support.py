@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,27 @@ BOTH = {"integer": INTEGER, "dense": DENSE}
 # Most of the time of many small programs is LLVM's; what it optimizes does not matter to most checks.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def covering(*axes, strength=2):
+    """The cells of a grid as parameters: a few where every `strength` values of different axes meet, and
+    the others for `--thorough`."""
+    grid = list(itertools.product(*(range(len(axis)) for axis in axes)))
+
+    def meetings(cell):
+        return set(itertools.combinations(enumerate(cell), strength))
+
+    missing, kept = set().union(*map(meetings, grid)), set()
+    while missing:
+        best = max(grid, key=lambda cell: len(meetings(cell) & missing))
+        kept.add(best)
+        missing -= meetings(best)
+
+    def param(cell):
+        values = (axis[i] for axis, i in zip(axes, cell, strict=True))
+        return pytest.param(*values, marks=() if cell in kept else pytest.mark.thorough)
+
+    return [param(cell) for cell in grid]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import QUICK, TOLERANCE, cotangents, derivatives, lax_rules, one_hot, quick, rng, wide
+from support import (
+    QUICK,
+    TOLERANCE,
+    cotangents,
+    covering,
+    derivatives,
+    lax_rules,
+    one_hot,
+    quick,
+    rng,
+    wide,
+)
 
 from jax_sce import (
     CrossEntropyAux,
@@ -206,6 +217,7 @@ def check_options(names, kind, reduction):
     assert ("labels" in got[1]) == (kind == "dense")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_alone(option, x64):
     check_options((option,), "integer", "sum")
@@ -360,8 +372,9 @@ def test_gradients_are_scaled_and_added_to_others(x64):
 MIXED = {"hidden": jnp.bfloat16, "kernel": jnp.float32}
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("reduction", "forward_mode"), covering(["none", "mean"], [False, True], strength=1)
+)
 def test_a_wide_kernel_is_rounded_for_the_products_and_its_gradient_is_not(reduction, forward_mode):
     """Under strict promotion, which two dtypes would break without `dtype`."""
     n = 23
@@ -1287,13 +1300,15 @@ def test_inside_shard_map_over_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("examples_spec", "kernel_spec"),
-    [(P("data", "model"), P()), (P("data"), P(None, "model"))],
-    ids=["whole", "split"],
+    ("specs", "reduction", "is_set"),
+    covering(
+        [(P("data", "model"), P()), (P("data"), P(None, "model"))], ["none", "mean"], [True, False]
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize(("reduction", "is_set"), [("none", True), ("mean", True), ("mean", False)])
-def test_on_a_mesh_with_explicit_axes(reduction, is_set, examples_spec, kernel_spec):
+def test_on_a_mesh_with_explicit_axes(specs, reduction, is_set):
     """Of `jax.set_mesh`, or one that only the arrays know."""
+    examples_spec, kernel_spec = specs
     n, d, v = (16, 4), 8, 40
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     arguments = arrays(n, d, v, np.float32)

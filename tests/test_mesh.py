@@ -15,6 +15,7 @@ from support import (
     INTEGER,
     assert_close_to_largest as assert_close,
     cotangents,
+    covering,
     quick,
     rng,
 )
@@ -353,6 +354,7 @@ def at_any_size(kind):
     return adapted
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("lax_promotion")
 @pytest.mark.parametrize("kind", ["integer", "linear"])
 def test_shard_keeps_the_promises(kind):
@@ -389,9 +391,10 @@ def inside(fn, floats, rest, check_vma, **static):
     return lambda **floats: mapped(floats, ids)
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("kind", "check_vma", "forward_mode"),
+    covering(list(FUNCTIONS), [True, False], [False, True]),
+)
 def test_axis_name(kind, check_vma, forward_mode):
     floats, rest = arguments(kind)
     if kind == "dense":
@@ -401,13 +404,15 @@ def test_axis_name(kind, check_vma, forward_mode):
     assert_close(derivatives(loss, floats, {}), want)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("integer", "logits"), ("dense", "logits"), ("linear", "hidden"), ("linear", "kernel")],
-)
-def test_second_derivatives(kind, name, check_vma):
+    ("by", "check_vma"),
+    covering(
+        ["integer logits", "dense logits", "linear kernel", "linear hidden"], [True, False],
+        strength=1),
+)  # fmt: skip
+def test_second_derivatives(by, check_vma):
     """Reverse over reverse mode: the derivative of a gradient's product with a vector."""
+    kind, name = by.split()
     floats, rest = arguments(kind, plain=True)
     direction = rng(8).normal(size=floats[name].shape).astype(np.float32)
 

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import assert_close_to_largest as assert_close, cotangents, quick, rng
+from support import (
+    assert_close_to_largest as assert_close,
+    cotangents,
+    covering,
+    quick,
+    rng,
+)
 
 from jax_sce import _backend, linear_softmax_cross_entropy as head, shard
 from jax_sce.testing import collectives
@@ -98,9 +104,9 @@ def where_they_are(placed):
     return None, jax.tree.map(lambda x: x.sharding, placed)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("hidden", HIDDEN, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "hidden", "reduction"), covering(KERNELS, HIDDEN, ["mean", "none"]), ids=str
+)
 def test_it_computes_and_sends_what_shard_does(kernel, hidden, reduction):
     """The gradients are asked for where the arguments are. In the loop, row statistics alone cross."""
     floats, labels = problem()
@@ -161,8 +167,10 @@ def test_with_more_examples_than_classes_the_kernel_is_gathered():
 # -- every option -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["integer", "dense", "padded", "padded dense"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    covering(["integer", "padded dense", "padded", "dense"], ["mean", "none"], strength=1),
+)
 def test_options(kind, reduction):
     """With the aux and its gradient. Padded: neither classes nor examples divide over the devices."""
     floats, labels = problem(full=True)
@@ -232,8 +240,11 @@ def test_16_bit_arrays_are_summed_in_their_own_type():
     assert_close(got, want, rtol=3 * 2.0**-8)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kernel", [P(None, "model"), P("data", "model"), P("data", None)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "reduction"),
+    covering([P(None, "model"), P("data", "model"), P("data", None)], ["mean", "none"], strength=1),
+    ids=str,
+)
 def test_a_wide_kernel_has_a_wide_gradient(kernel, reduction):
     floats, labels = problem(jnp.bfloat16)
     floats["kernel"] = floats["kernel"].astype(jnp.float32) * 1.001
@@ -329,8 +340,11 @@ def assert_layout_is_kept(program):
         assert not x.in_loop or x.bytes <= 4 * limit, x
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kernel", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "reduction"),
+    covering([P(None, "model"), P("data", "model")], ["mean", "none"], strength=1),
+    ids=str,
+)
 def test_in_plain_jax_the_layout_is_kept(kernel, reduction, monkeypatch):
     """As on TPUs, which know no `custom_partitioning`."""
     monkeypatch.setattr(_backend, "with_devices", lambda *_: None)
@@ -368,8 +382,11 @@ def test_inside_a_shard_map_over_some_axes():
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("kernel", [*KERNELS, P(("model", "data"))], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "reduction"),
+    covering([*KERNELS, P(("model", "data"))], ["mean", "none"], strength=1),
+    ids=str,
+)
 def test_on_explicit_axes(kernel, reduction):
     """There JAX tells the layout while it traces; the gradients have that of the arguments."""
     floats, labels = problem()

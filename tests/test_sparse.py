@@ -16,6 +16,7 @@ from support import (
     TOLERANCE,
     assert_close_to_largest,
     cotangents,
+    covering,
     densified,
     lax_rules,
     quick,
@@ -122,8 +123,9 @@ def test_16_bit_logits_are_rounded_once(dtype, where):
     assert (loss.dtype, by_logits.dtype, by_values.dtype) == (jnp.float32, dtype, dtype)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize(
+    ("reduction", "forward_mode"), covering(["none", "mean"], [False, True], strength=1)
+)
 def test_in_a_head(reduction, forward_mode, x64):
     options = {
         "bias": rng(9).normal(size=V), "weights": np.resize([1.0, 0.5, 0.0, 2.0], N),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import assert_close_to_largest, cotangents, lax_rules, quick, rng, wide
+from support import assert_close_to_largest, cotangents, covering, lax_rules, quick, rng, wide
 from ulps import families
 
 from jax_sce import (
@@ -69,9 +69,10 @@ def ours(student, teacher, *, divergence=False, fn=head, **options):
     return fn(student["hidden"], student["kernel"], labels, bias=student["bias"], **options)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("divergence", [False, True])
-@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize(
+    ("forward_mode", "divergence", "reduction"),
+    covering([False, True], [False, True], ["none", "mean", "sum"]),
+)
 def test_it_is_the_naive_formula(forward_mode, divergence, reduction, x64):
     args = jax.tree.map(lambda x: x.astype(jnp.float64), (STUDENT, TEACHER, OPTIONS))
     g = jnp.asarray(cotangents(N)) if reduction == "none" else 1.5

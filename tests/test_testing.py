@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import BOTH, DENSE, INTEGER, cotangents, one_hot, rng
+from support import BOTH, DENSE, INTEGER, cotangents, covering, one_hot, rng
 
 from jax_sce.testing import assert_matches_reference, collectives
 
@@ -26,10 +26,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(
+    ("kind", "options", "dtype"), covering(list(BOTH), list(OPTIONS), ["float32", "bfloat16"])
+)
 def test_ours_match(kind, options, dtype):
+    options = OPTIONS[options]
     labels = IDS if kind == "integer" else DISTRIBUTIONS
     loss = functools.partial(BOTH[kind], **options)
     assert_matches_reference(loss, jnp.asarray(LOGITS, dtype), labels, **options)
