@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from support import DENSE, INTEGER, QUICK, TOLERANCE, exact_loss, rng
+from support import DENSE, INTEGER, QUICK, TOLERANCE, covering, exact_loss, rng
 
 from jax_sce import _backend, _chunks, _partition, native
 from jax_sce._backend import Backend
@@ -373,12 +373,18 @@ def assert_split(kind, mesh, spec, other_spec):
     assert compiled.as_text().count('custom_call_target="jax_sce') == 2 * calls_kernels
 
 
-@pytest.mark.parametrize("kind", ["ids", "masked", "dense"])
 @pytest.mark.parametrize(
-    ("sizes", "spec"), [(sizes, spec) for sizes, specs in SPLITS.items() for spec in specs], ids=str
+    ("split", "kind"),
+    covering(
+        [(sizes, spec) for sizes, specs in SPLITS.items() for spec in specs],
+        ["ids", "masked", "dense"],
+        strength=1,
+    ),
+    ids=str,
 )
-def test_split_in_any_way_it_is_what_it_is_on_one_device(sizes, spec, kind):
+def test_split_in_any_way_it_is_what_it_is_on_one_device(split, kind):
     """And nothing of the logits' size crosses: if the classes are split, numbers of each row do."""
+    sizes, spec = split
     assert_split(kind, make_mesh(sizes), spec, spec[:1] if kind == "ids" else spec)
 
 

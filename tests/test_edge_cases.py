@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, DENSE, INTEGER, TOLERANCE, cotangents, one_hot, quick, rng
+from support import BOTH, DENSE, INTEGER, TOLERANCE, cotangents, covering, one_hot, quick, rng
 
 N, V = 8, 5
 NAN, INF = np.nan, np.inf
@@ -70,18 +70,14 @@ def runner(kind, options, mode, ignore_index=None):
     return run if mode == "eager" else quick(run)
 
 
-def where_combined(*lists):
-    return [pytest.param(*x, id="-".join(map(str, x))) for x in lists]
-
-
-KINDS_OPTIONS_MODES = where_combined(
+KINDS_OPTIONS_MODES = [
     *[(kind, options, "jit") for kind in BOTH for options in OPTIONS],
     *[(kind, "options", mode) for kind in BOTH for mode in ("vmap", "forward_mode")],
     ("integer", "plain", "eager"),
     ("integer", "smoothing", "vmap"),
     ("integer", "smoothing", "forward_mode"),
     ("dense", "plain", "forward_mode"),
-)
+]
 
 # -- rows that do not count ----------------------------------------------------------------------
 
@@ -116,9 +112,11 @@ def excluded(reason, kind):
     return labels, where, weights
 
 
-@pytest.mark.parametrize("reason", REASONS)
-@pytest.mark.parametrize(("kind", "options", "mode"), KINDS_OPTIONS_MODES)
-def test_what_does_not_count_adds_exactly_nothing(kind, options, mode, reason):
+@pytest.mark.parametrize(
+    ("how", "reason"), covering(KINDS_OPTIONS_MODES, REASONS, strength=1), ids=str
+)
+def test_what_does_not_count_adds_exactly_nothing(how, reason):
+    kind, options, mode = how
     if kind == "dense" and reason == "ignore_index":
         pytest.skip("distributions have no ignore_index")
     labels, where, weights = excluded(reason, kind)
@@ -168,7 +166,7 @@ def wrong(what):
 
 
 @pytest.mark.parametrize("what", ["label", "logits"])
-@pytest.mark.parametrize(("kind", "options", "mode"), KINDS_OPTIONS_MODES)
+@pytest.mark.parametrize(("kind", "options", "mode"), KINDS_OPTIONS_MODES, ids=str)
 def test_what_is_wrong_is_loud_in_its_own_row_alone(kind, options, mode, what):
     if kind == "dense" and what == "label":
         pytest.skip("a distribution names every class")

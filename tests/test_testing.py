@@ -155,7 +155,7 @@ MISTAKES = {
 def test_a_mistake_fails(loss, options, data, lax_promotion):
     logits, labels = (LOGITS, IDS) if data is None else data
     with pytest.raises((AssertionError, IndexError)):
-        assert_matches_reference(loss, logits, labels, **options)
+        assert_matches_reference(jax.jit(loss), logits, labels, **options)
 
 
 def dense_with(by_logits, by_labels):

@@ -10,7 +10,17 @@ import optax
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import BOTH, TOLERANCE, cotangents, exact_gradient, lax_rules, one_hot, quick, rng
+from support import (
+    BOTH,
+    TOLERANCE,
+    cotangents,
+    covering,
+    exact_gradient,
+    lax_rules,
+    one_hot,
+    quick,
+    rng,
+)
 
 N, V = 8, 6
 LOGITS = rng(40).normal(size=(N, V))
@@ -190,9 +200,10 @@ def test_forward_mode(kind):
 # -- both outputs of the rules -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forward_mode", [False, True])
-@pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("which", ["loss", "log_normalizer", "entropy", "all"])
+@pytest.mark.parametrize(
+    ("which", "kind", "forward_mode"),
+    covering(["loss", "log_normalizer", "entropy", "all"], list(BOTH), [False, True]),
+)
 def test_the_rules_honour_a_cotangent_of_each_output(which, kind, forward_mode, x64):
     labels = labels_for(kind)
     g = {

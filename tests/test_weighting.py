@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import DENSE, INTEGER
+from support import DENSE, INTEGER, covering
 
 from jax_sce import linear_softmax_cross_entropy
 from jax_sce._elementary import times
@@ -38,9 +38,11 @@ def test_a_weight_of_zero_leaves_out_a_loss_of_infinity_and_nothing_else():
     np.testing.assert_array_equal(by_weights[jnp.array([0, 2, 4])], [0.0, 3.0, 3.0])
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("shape", [(), (3, 1)], ids=str)
-@pytest.mark.parametrize("kind", ["integer", "dense", "linear"])
+@pytest.mark.parametrize(
+    ("kind", "shape", "reduction"),
+    covering(["integer", "dense", "linear"], [(), (3, 1)], ["none", "mean"], strength=1),
+    ids=str,
+)
 def test_weights_that_serve_several_examples(kind, shape, reduction):
     """As if they were written out, in the derivative by them as well."""
     labels = jnp.arange(12).reshape(3, 4) % 5
