@@ -324,11 +324,15 @@ def class_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     count = math.prod(logits.shape[a] for a in axes)
-    if count == 0:
-        raise ValueError(
-            f"logits must have at least one class, got shape {logits.shape} with classes on {axes}"
-        )
+    check_classes("logits", count, f"shape {logits.shape} with classes on {axes}")
     return count
+
+
+def check_classes(name: str, count: Any, got: str) -> None:
+    if not isinstance(count, int):  # in an exported program: only the examples may be symbolic
+        raise ValueError(f"{name} must have a known number of classes, got {got}")
+    if count == 0:
+        raise ValueError(f"{name} must have at least one class, got {got}")
 
 
 def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
@@ -341,8 +345,7 @@ def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
             f"got {kernel.shape}"
             + (": transpose it" if kernel.shape[1:] == hidden.shape[-1:] else "")
         )
-    if kernel.shape[1] == 0:
-        raise ValueError(f"kernel must have at least one class, got shape {kernel.shape}")
+    check_classes("kernel", kernel.shape[1], f"shape {kernel.shape}")
     return hidden.shape[:-1], kernel.shape[1]
 
 
