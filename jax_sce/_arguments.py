@@ -19,6 +19,7 @@ from ._rows import STATIC, compute_dtype
 from ._targets import Sparse, Teacher
 
 REDUCTIONS = ("none", "sum", "mean")
+_CUT_BY_JAX = (np.int64, np.uint64)  # to 32 bits, without x64, where they are NumPy's
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -158,16 +159,11 @@ def class_ids(name: str, x: ArrayLike, ignored: int | None) -> tuple[Array, int 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
     """NumPy's and Python's integers in 32 bits. JAX would cut larger ones, and a bad label would become
     another class: here they become -1 or the largest there is, and ignored ones -2."""
-    if isinstance(x, int | list | tuple):  # of Python integers, however large
-        try:
-            wide = np.asarray(x, dtype=object)
-        except ValueError:
-            return x, ignored  # `array` says what is wrong
-        if not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in wide.flat):
-            return x, ignored
-    elif isinstance(x, np.ndarray | np.generic) and x.dtype in (np.int64, np.uint64):
-        wide = np.asarray(x)
-    else:
+    try:
+        wide = _wide_integers(x)
+    except (TypeError, ValueError):
+        return x, ignored  # `array` takes it, or says what is wrong
+    if wide is None:
         return x, ignored
     fits = (wide >= np.iinfo(np.int32).min) & (wide <= np.iinfo(np.int32).max)
     if np.all(fits):
@@ -175,6 +171,19 @@ def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]
     narrow = np.where(fits, wide, 0).astype(np.int32)
     narrow = np.where(fits & (narrow >= 0), narrow, np.where(wide > 0, np.iinfo(np.int32).max, -1))
     return np.where(wide == ignored, -2, narrow).astype(np.int32), None if ignored is None else -2
+
+
+def _wide_integers(x: Any) -> np.ndarray | None:
+    """Integers that may not fit in 32 bits, in an array of NumPy's; None for anything else."""
+    if not isinstance(x, int | list | tuple):
+        wide = np.asarray(x)
+        return wide if wide.dtype in _CUT_BY_JAX else None
+    wide = np.asarray(x, dtype=object)  # for Python's integers may be of any size
+    if any(isinstance(n, bool) for n in wide.flat):
+        return None
+    integers = np.empty(wide.shape, object)
+    integers.flat = [operator.index(n) for n in wide.flat]
+    return integers
 
 
 def sparse(labels: Sparse, batch: tuple[int, ...]) -> Sparse:
@@ -222,7 +231,7 @@ def rank_of_labels(x: ArrayLike) -> int:
     """The number of their axes, before their dtype is known."""
     try:
         return np.ndim(x)
-    except ValueError:
+    except (TypeError, ValueError):
         return array("labels", x, "real").ndim  # says what is wrong
 
 
@@ -250,6 +259,8 @@ def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None =
     """`x` as an array of a dtype of that kind and, if one is expected, of that shape."""
     if x is None or isinstance(x, str):
         raise TypeError(f"{name} must be an array, got {x!r}")
+    if kind == "real" and isinstance(x, np.ndarray | np.generic) and x.dtype in _CUT_BY_JAX:
+        x = x.astype(np.float64)
     try:
         out = jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:

@@ -174,8 +174,8 @@ def softmax_cross_entropy_with_integer_labels(
       logits: [N..., V] with the classes on `axis`; any floating dtype. 16-bit logits are computed in
         float32.
       labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
-        those axes flattened in the order given. (Without x64, JAX cuts 64-bit labels that are passed to
-        your own jitted function before this one sees them.)
+        those axes flattened in the order given. (Without x64, `jax.jit` cuts NumPy's 64-bit integers
+        that are passed to your own jitted function before this one sees them.)
       axis: The axis of the classes, or several, which are taken as one; None means all.
       where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
         logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An

@@ -80,7 +80,8 @@ def linear_softmax_cross_entropy(
       kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
         Of two dtypes, the wider is that of the products, unless `dtype` says otherwise.
       labels: [N...] integers in [0, V); distributions [N..., V]; a `Sparse`, some classes of each
-        example; or a `Teacher`, the softmax of another head.
+        example; or a `Teacher`, the softmax of another head. (Without x64, `jax.jit` cuts NumPy's 64-bit
+        integers that are passed to your own jitted function before this one sees them.)
       bias: [V].
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
       label_smoothing: e, a scalar in [0, 1].
