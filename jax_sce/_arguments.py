@@ -212,7 +212,7 @@ def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teache
             f"labels.hidden must have shape {_with_axis(batch, 'T')}, got {hidden.shape}"
         )
     shape("labels.kernel", kernel, (hidden.shape[-1], num_classes))
-    dtype = product_dtype(None, hidden, kernel)
+    dtype = wider("labels.hidden", hidden, "labels.kernel", kernel)
     of = compute_dtype(dtype)
     bias, softcap, temperature = labels.bias, labels.softcap, labels.temperature
     if bias is not None:
@@ -363,7 +363,7 @@ def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
 def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
     """That of the head's products: `dtype`, or the wider of the operands'."""
     if dtype is None:
-        return jnp.promote_types(hidden.dtype, kernel.dtype)
+        return wider("hidden", hidden, "kernel", kernel, ", unless dtype is given")
     try:
         is_array = isinstance(dtype, jax.Array | np.ndarray | np.generic)
         given = None if is_array else jnp.dtype(dtype)
@@ -374,6 +374,15 @@ def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
     if given.name not in FLOATS:
         raise TypeError(f"dtype must be among {', '.join(FLOATS)}, got {given}")
     return jnp.dtype(jax.dtypes.canonicalize_dtype(given))
+
+
+def wider(name: str, x: Array, other: str, y: Array, advice: str = "") -> jnp.dtype:
+    """The dtype of both, as JAX promotes them."""
+    try:
+        return jnp.promote_types(x.dtype, y.dtype)
+    except ValueError:
+        expected = f"the dtype of {name}, {x.dtype}, under strict promotion{advice}"
+        raise TypeError(f"{other} must have {expected}, got {y.dtype}") from None
 
 
 def product_precision(x: Any) -> Any:

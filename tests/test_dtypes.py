@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import BOTH, DENSE, INTEGER, TOLERANCE, exact_loss, one_hot, quick, rng
 
-from jax_sce import linear_softmax_cross_entropy as HEAD
+from jax_sce import Sparse, Teacher, linear_softmax_cross_entropy as HEAD
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 LOGITS = rng(30).normal(size=(4, 6))
@@ -97,6 +97,47 @@ def test_floats_that_are_not_computed_are_refused_by_name(dtype):
             HEAD(**(good | {name: odd[name]}), labels=ids)
     with pytest.raises(TypeError, match="labels " + message):
         HEAD(logits, logits.T, logits[:, :4].astype(dtype))
+    for labels, name in (
+        (Teacher(odd["logits"], logits.T), "labels.hidden"),
+        (Teacher(logits, odd["kernel"]), "labels.kernel"),
+        (Teacher(logits, logits.T, bias=odd["bias"]), "labels.bias"),
+        (Teacher(logits, logits.T, temperature=odd["bias"]), "labels.temperature"),
+        (Teacher(logits, logits.T, softcap=odd["bias"][0]), "labels.softcap"),
+        (Sparse(ids[:, None], odd["bias"][:, None]), "labels.values"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} {message}"):
+            HEAD(logits, logits.T, labels)
+
+
+def test_under_strict_promotion_a_product_of_two_dtypes_is_refused_by_name():
+    hidden, kernel = jnp.ones((2, 3), jnp.bfloat16), np.ones((3, 6), np.float32)
+    of_two = (
+        "kernel must have the dtype of {}hidden, bfloat16, under strict promotion{}, got float32"
+    )
+    with pytest.raises(TypeError, match="^" + of_two.format("", ", unless dtype is given")):
+        HEAD(hidden, kernel, [0, 1])
+    with pytest.raises(TypeError, match=r"^labels\." + of_two.format("labels.", "")):
+        HEAD(kernel.T, kernel, Teacher(jnp.ones((6, 3), jnp.bfloat16), kernel))
+    with jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(HEAD, hidden, kernel, jnp.zeros(2, jnp.int32))
+
+
+def test_sparse_values_may_have_another_dtype_than_the_rest():
+    """Under strict promotion."""
+    logits, ids = LOGITS.astype(np.float32), LABELS[:, None]
+    options = {"label_smoothing": np.float16(0.5), "class_weights": np.ones(6, np.float16)}
+
+    @quick
+    def both(narrow):
+        def loss(values):
+            return jnp.sum(DENSE(logits, Sparse(ids, values), **options))
+
+        return [jax.value_and_grad(loss)(x) for x in (narrow, narrow.astype(jnp.float32))]
+
+    narrow, wide = both(jnp.full((4, 1), 0.75, jnp.bfloat16))
+    assert names(narrow) == ("float32", "bfloat16")
+    np.testing.assert_array_equal(narrow[0], wide[0])
+    np.testing.assert_array_equal(narrow[1], wide[1].astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", BOTH)
