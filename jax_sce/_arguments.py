@@ -436,6 +436,14 @@ def mesh_axes(name: str, x: Any) -> tuple[str, ...]:
     return axes
 
 
+def split_over(name: str, x: Array, axis_name: AxisName) -> None:
+    for axis in _axis.whole_over(axis_name, x):
+        raise ValueError(
+            f"{name} must be split over the mesh axis {axis!r} of axis_name, got the same on all its "
+            "devices"
+        )
+
+
 def manual_axes(name: str, x: Any) -> AxisName:
     """Those that `jax.shard_map` splits its arguments over here."""
     for axis in mesh_axes(name, x):

@@ -277,6 +277,7 @@ def inputs(
     given = _arguments.options(
         logits.dtype, batch, num_classes, ignore_index=ignore_index, **options
     )
+    _arguments.split_over("logits", logits, given.axis_name)
     examples, mask = _arguments.masks(where, logits.shape, axes)
     return Inputs(logits, labels, mask, given.where(examples), axes)
 

@@ -179,6 +179,7 @@ def inputs(
     checked = _arguments.options(
         dtype, batch, num_classes, ignore_index=ignore_index, axis_name=axis_name, **options
     )
+    _arguments.split_over("kernel", kernel, checked.axis_name)
     if has_ids:
         checked = checked.where(_arguments.not_ignored(labels, checked.ignore_index))
     if isinstance(labels, Teacher):
