@@ -19,6 +19,7 @@ from ._rows import STATIC, compute_dtype
 from ._targets import Sparse, Teacher
 
 REDUCTIONS = ("none", "sum", "mean")
+_CUT_BY_JAX = (np.int64, np.uint64)  # to 32 bits, without x64, where they are NumPy's
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -158,16 +159,11 @@ def class_ids(name: str, x: ArrayLike, ignored: int | None) -> tuple[Array, int 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
     """NumPy's and Python's integers in 32 bits. JAX would cut larger ones, and a bad label would become
     another class: here they become -1 or the largest there is, and ignored ones -2."""
-    if isinstance(x, int | list | tuple):  # of Python integers, however large
-        try:
-            wide = np.asarray(x, dtype=object)
-        except ValueError:
-            return x, ignored  # `array` says what is wrong
-        if not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in wide.flat):
-            return x, ignored
-    elif isinstance(x, np.ndarray | np.generic) and x.dtype in (np.int64, np.uint64):
-        wide = np.asarray(x)
-    else:
+    try:
+        wide = _wide_integers(x)
+    except (TypeError, ValueError):
+        return x, ignored  # `array` takes it, or says what is wrong
+    if wide is None:
         return x, ignored
     fits = (wide >= np.iinfo(np.int32).min) & (wide <= np.iinfo(np.int32).max)
     if np.all(fits):
@@ -175,6 +171,19 @@ def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]
     narrow = np.where(fits, wide, 0).astype(np.int32)
     narrow = np.where(fits & (narrow >= 0), narrow, np.where(wide > 0, np.iinfo(np.int32).max, -1))
     return np.where(wide == ignored, -2, narrow).astype(np.int32), None if ignored is None else -2
+
+
+def _wide_integers(x: Any) -> np.ndarray | None:
+    """Integers that may not fit in 32 bits, in an array of NumPy's; None for anything else."""
+    if not isinstance(x, int | list | tuple):
+        wide = np.asarray(x)
+        return wide if wide.dtype in _CUT_BY_JAX else None
+    wide = np.asarray(x, dtype=object)  # for Python's integers may be of any size
+    if any(isinstance(n, bool) for n in wide.flat):
+        return None
+    integers = np.empty(wide.shape, object)
+    integers.flat = [operator.index(n) for n in wide.flat]
+    return integers
 
 
 def sparse(labels: Sparse, batch: tuple[int, ...]) -> Sparse:
@@ -203,7 +212,7 @@ def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teache
             f"labels.hidden must have shape {_with_axis(batch, 'T')}, got {hidden.shape}"
         )
     shape("labels.kernel", kernel, (hidden.shape[-1], num_classes))
-    dtype = product_dtype(None, hidden, kernel)
+    dtype = wider("labels.hidden", hidden, "labels.kernel", kernel)
     of = compute_dtype(dtype)
     bias, softcap, temperature = labels.bias, labels.softcap, labels.temperature
     if bias is not None:
@@ -222,7 +231,7 @@ def rank_of_labels(x: ArrayLike) -> int:
     """The number of their axes, before their dtype is known."""
     try:
         return np.ndim(x)
-    except ValueError:
+    except (TypeError, ValueError):
         return array("labels", x, "real").ndim  # says what is wrong
 
 
@@ -250,6 +259,8 @@ def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None =
     """`x` as an array of a dtype of that kind and, if one is expected, of that shape."""
     if x is None or isinstance(x, str):
         raise TypeError(f"{name} must be an array, got {x!r}")
+    if kind == "real" and isinstance(x, np.ndarray | np.generic) and x.dtype in _CUT_BY_JAX:
+        x = x.astype(np.float64)
     try:
         out = jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
@@ -324,11 +335,15 @@ def class_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
 
 def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     count = math.prod(logits.shape[a] for a in axes)
-    if count == 0:
-        raise ValueError(
-            f"logits must have at least one class, got shape {logits.shape} with classes on {axes}"
-        )
+    check_classes("logits", count, f"shape {logits.shape} with classes on {axes}")
     return count
+
+
+def check_classes(name: str, count: Any, got: str) -> None:
+    if not isinstance(count, int):  # in an exported program: only the examples may be symbolic
+        raise ValueError(f"{name} must have a known number of classes, got {got}")
+    if count == 0:
+        raise ValueError(f"{name} must have at least one class, got {got}")
 
 
 def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
@@ -341,15 +356,14 @@ def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
             f"got {kernel.shape}"
             + (": transpose it" if kernel.shape[1:] == hidden.shape[-1:] else "")
         )
-    if kernel.shape[1] == 0:
-        raise ValueError(f"kernel must have at least one class, got shape {kernel.shape}")
+    check_classes("kernel", kernel.shape[1], f"shape {kernel.shape}")
     return hidden.shape[:-1], kernel.shape[1]
 
 
 def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
     """That of the head's products: `dtype`, or the wider of the operands'."""
     if dtype is None:
-        return jnp.promote_types(hidden.dtype, kernel.dtype)
+        return wider("hidden", hidden, "kernel", kernel, ", unless dtype is given")
     try:
         is_array = isinstance(dtype, jax.Array | np.ndarray | np.generic)
         given = None if is_array else jnp.dtype(dtype)
@@ -360,6 +374,15 @@ def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
     if given.name not in FLOATS:
         raise TypeError(f"dtype must be among {', '.join(FLOATS)}, got {given}")
     return jnp.dtype(jax.dtypes.canonicalize_dtype(given))
+
+
+def wider(name: str, x: Array, other: str, y: Array, advice: str = "") -> jnp.dtype:
+    """The dtype of both, as JAX promotes them."""
+    try:
+        return jnp.promote_types(x.dtype, y.dtype)
+    except ValueError:
+        expected = f"the dtype of {name}, {x.dtype}, under strict promotion{advice}"
+        raise TypeError(f"{other} must have {expected}, got {y.dtype}") from None
 
 
 def product_precision(x: Any) -> Any:
@@ -411,6 +434,14 @@ def mesh_axes(name: str, x: Any) -> tuple[str, ...]:
     if not isinstance(axes, tuple) or not axes or not all(isinstance(n, str) for n in axes):
         raise TypeError(f"{name} must be the name of a mesh axis, several or None, got {x!r}")
     return axes
+
+
+def split_over(name: str, x: Array, axis_name: AxisName) -> None:
+    for axis in _axis.whole_over(axis_name, x):
+        raise ValueError(
+            f"{name} must be split over the mesh axis {axis!r} of axis_name, got the same on all its "
+            "devices"
+        )
 
 
 def manual_axes(name: str, x: Any) -> AxisName:

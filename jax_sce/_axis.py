@@ -63,6 +63,13 @@ def _is_followed(axis_name: AxisName) -> bool:
     return axis_name is None or bool(varying(lax.axis_index(axis_name)))
 
 
+def whole_over(axis_name: AxisName, x: Array) -> tuple[str, ...]:
+    """The axes over which JAX knows that all devices have the same `x`, though it should be split."""
+    if axis_name is None or not _is_followed(axis_name):
+        return ()
+    return tuple(sorted(n for n in names(axis_name) - varying(x) if size(n) > 1))
+
+
 def varying(x: Array) -> frozenset[str]:
     """The mesh axes over which JAX knows it to vary."""
     return jax.typeof(x).mat.varying

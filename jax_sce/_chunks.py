@@ -5,7 +5,6 @@ The N examples are L shards of n, and a chunk takes c from each shard: C = L c. 
 compiler splits there is a shard for each device, so that each has its part of every chunk and no example
 travels. In the loop of one device there is one shard."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,19 +51,25 @@ class Plan(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return math.ceil(self.per_shard / self.chunk)
+        return ceil_div(self.per_shard, self.chunk)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def plan(
     num_examples: int, num_classes: int, devices: int, size: Size, chunk_size: int | None
 ) -> Plan:
     """Chunks as even as they can be, of at most `chunk_size` examples or else as the platform likes
-    them."""
+    them. In a program exported for any number of examples that number is an expression: it divides and
+    has a maximum, but has no order, and differs from all that it is not known to equal."""
     wanted = chunk_size or size.examples(num_classes)
-    chunks = max(math.ceil(num_examples / wanted), 1)
-    shards = math.gcd(num_examples, devices) if num_examples else 1
+    chunks = jax.core.max_dim(ceil_div(num_examples, wanted), 1)
+    divisors = (n for n in range(1, devices + 1) if devices % n == 0 == num_examples % n)
+    shards = max(divisors) if num_examples != 0 else 1
     per_shard = num_examples // shards
-    return Plan(shards, per_shard, max(math.ceil(per_shard / chunks), 1))
+    return Plan(shards, per_shard, jax.core.max_dim(ceil_div(per_shard, chunks), 1))
 
 
 def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:

@@ -64,8 +64,8 @@ def softmax_cross_entropy(
     :math:`\partial E / \partial y_c = -\log o_c`.
 
     Args:
-      logits: [N..., V] with the classes on `axis`; any floating dtype. 16-bit logits are computed in
-        float32.
+      logits: [N..., V] with the classes on `axis`, in float16, bfloat16, float32 or float64, as all
+        floats here. 16-bit logits are computed in float32.
       labels: The shape of `logits`. Floats; integers and bools serve as one-hot rows. Or a `Sparse`,
         which names the classes that have mass.
       axis: The axis of the classes, or several, which are taken as one; None means all.
@@ -170,11 +170,11 @@ def softmax_cross_entropy_with_integer_labels(
        \quad y'_c = (1 - e) [c = y] + e / V, \quad L = \log \sum_k e^{z_k}.
 
     Args:
-      logits: [N..., V] with the classes on `axis`; any floating dtype. 16-bit logits are computed in
-        float32.
+      logits: [N..., V] with the classes on `axis`, in float16, bfloat16, float32 or float64, as all
+        floats here. 16-bit logits are computed in float32.
       labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
-        those axes flattened in the order given. (Without x64, JAX cuts 64-bit labels that are passed to
-        your own jitted function before this one sees them.)
+        those axes flattened in the order given. (Without x64, `jax.jit` cuts NumPy's 64-bit integers
+        that are passed to your own jitted function before this one sees them.)
       axis: The axis of the classes, or several, which are taken as one; None means all.
       where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
         logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
@@ -276,6 +276,7 @@ def inputs(
     given = _arguments.options(
         logits.dtype, batch, num_classes, ignore_index=ignore_index, **options
     )
+    _arguments.split_over("logits", logits, given.axis_name)
     examples, mask = _arguments.masks(where, logits.shape, axes)
     return Inputs(logits, labels, mask, given.where(examples), axes)
 
@@ -362,9 +363,8 @@ def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -
 
 def _sparse_targets(rows: Rows, labels: Any, options: Options) -> SparseTargets:
     ids = rows.expand_last(labels.ids)
-    values = jnp.where(
-        ids == rows.num_classes * _axis.size(rows.axis_name), 0, rows.expand_last(labels.values)
-    )
+    values = rows.expand_last(labels.values).astype(rows.dtype)
+    values = jnp.where(ids == rows.num_classes * _axis.size(rows.axis_name), 0, values)
     uniform = None
     if options.label_smoothing is not None:
         uniform = _targets(rows, None, None, options)
@@ -372,7 +372,7 @@ def _sparse_targets(rows: Rows, labels: Any, options: Options) -> SparseTargets:
     if options.class_weights is not None:
         place = jnp.clip(rows.places(ids), 0, rows.num_classes - 1)
         values = weigh(values, options.class_weights[place])
-    return SparseTargets(ids, values.astype(rows.dtype), uniform)
+    return SparseTargets(ids, values, uniform)
 
 
 def _targets(rows: Rows, ids: Array | None, dense: Array | None, options: Options) -> Targets:

@@ -239,7 +239,7 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
         return _values(chunk, logits, _losses(chunk, logits))
 
     def step(_, start):
-        here = lax.dynamic_slice_in_dim(ids, start, plan.chunk, axis=1)
+        here = lax.dynamic_slice_in_dim(order, start, plan.chunk, axis=1)
         if worked_on is None:
             return None, of_chunk(inputs, here)
         none = nothing(inputs, (here.size,))
@@ -285,10 +285,10 @@ def gradients(
         return lax.fori_loop(0, count, lambda i, carry: add(start + i * size, size, carry), carry)
 
     carry = nothing(inputs, plan.shape), shared, own
-    if plan.chunks > 0 and worked_on is None:
+    if plan.chunks != 0 and worked_on is None:
         carry = add_chunks(plan.chunks, 0, plan.chunk, carry)
-    elif plan.chunks > 0:  # whole chunks, and the rest in quarters
-        whole, quarter = most // plan.chunk, math.ceil(plan.chunk / 4)
+    elif plan.chunks != 0:  # whole chunks, and the rest in quarters
+        whole, quarter = most // plan.chunk, _chunks.ceil_div(plan.chunk, 4)
         done = whole * plan.chunk
         carry = add_chunks(whole, 0, plan.chunk, carry)
         carry = add_chunks((most - done + quarter - 1) // quarter, done, quarter, carry)

@@ -76,11 +76,13 @@ def linear_softmax_cross_entropy(
     the kernel, [D, V], for each.
 
     Args:
-      hidden: [N..., D], any floating dtype.
+      hidden: [N..., D], in float16, bfloat16, float32 or float64, as all floats here.
       kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
-        Of two dtypes, the wider is that of the products, unless `dtype` says otherwise.
+        Of two dtypes, the wider is that of the products, unless `dtype` says otherwise; under
+        `jax.numpy_dtype_promotion("strict")` it has to.
       labels: [N...] integers in [0, V); distributions [N..., V]; a `Sparse`, some classes of each
-        example; or a `Teacher`, the softmax of another head.
+        example; or a `Teacher`, the softmax of another head. (Without x64, `jax.jit` cuts NumPy's 64-bit
+        integers that are passed to your own jitted function before this one sees them.)
       bias: [V].
       ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
       label_smoothing: e, a scalar in [0, 1].
@@ -100,10 +102,10 @@ def linear_softmax_cross_entropy(
         `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
       chunk_size: Examples in a chunk, whose float32 logits are held. None chooses by shapes and
         platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB.
-      dtype: The floating dtype of the matrix products, as Flax's layers have it; None for the wider of
-        `hidden` and `kernel`. bfloat16 with a kernel in float32 is mixed precision: hidden states and
-        kernel are rounded once for the products, and the kernel's gradient is summed and returned in
-        float32.
+      dtype: The dtype of the matrix products, one of those four, as Flax's layers have it; None for the
+        wider of `hidden` and `kernel`. bfloat16 with a kernel in float32 is mixed precision: hidden
+        states and kernel are rounded once for the products, and the kernel's gradient is summed and
+        returned in float32.
       precision: Of the matrix products, as in `jax.numpy.dot`: None, "highest" and so on.
       return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
         differentiated exactly, predictions, and for class ids the labels' ranks. With "mean" and "sum"
@@ -177,6 +179,7 @@ def inputs(
     checked = _arguments.options(
         dtype, batch, num_classes, ignore_index=ignore_index, axis_name=axis_name, **options
     )
+    _arguments.split_over("kernel", kernel, checked.axis_name)
     if has_ids:
         checked = checked.where(_arguments.not_ignored(labels, checked.ignore_index))
     if isinstance(labels, Teacher):

@@ -75,7 +75,7 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
 class Rows:
     """Logits as the caller holds them. Residuals keep this, and nothing computed of its size."""
 
-    logits: Array  # [N, V], any floating dtype
+    logits: Array  # [N, V]
     axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes, from the last
     mask: Array | None = None  # bool, broadcasts to [N, V]: the classes to keep
     softcap: Array | None = None  # [1, 1]

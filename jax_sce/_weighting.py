@@ -4,6 +4,7 @@ NaN is NaN, in derivatives too."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -99,7 +100,7 @@ def reduce_losses(
     total = _axis.total(batch_axis, jnp.sum(losses))
     if reduction == "sum":
         return total
-    if isinstance(weights, int):
-        return total / max(weights * _axis.size(batch_axis), 1)
+    if not isinstance(weights, Array):
+        return total / jax.core.max_dim(weights * _axis.size(batch_axis), 1)
     weight = _axis.total(batch_axis, jnp.sum(weights))
     return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, DENSE, INTEGER, TOLERANCE, exact_loss, one_hot, rng
+from support import BOTH, DENSE, INTEGER, TOLERANCE, exact_loss, one_hot, quick, rng
 
-from jax_sce import linear_softmax_cross_entropy as HEAD
+from jax_sce import Sparse, Teacher, linear_softmax_cross_entropy as HEAD
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 LOGITS = rng(30).normal(size=(4, 6))
@@ -97,6 +97,47 @@ def test_floats_that_are_not_computed_are_refused_by_name(dtype):
             HEAD(**(good | {name: odd[name]}), labels=ids)
     with pytest.raises(TypeError, match="labels " + message):
         HEAD(logits, logits.T, logits[:, :4].astype(dtype))
+    for labels, name in (
+        (Teacher(odd["logits"], logits.T), "labels.hidden"),
+        (Teacher(logits, odd["kernel"]), "labels.kernel"),
+        (Teacher(logits, logits.T, bias=odd["bias"]), "labels.bias"),
+        (Teacher(logits, logits.T, temperature=odd["bias"]), "labels.temperature"),
+        (Teacher(logits, logits.T, softcap=odd["bias"][0]), "labels.softcap"),
+        (Sparse(ids[:, None], odd["bias"][:, None]), "labels.values"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} {message}"):
+            HEAD(logits, logits.T, labels)
+
+
+def test_under_strict_promotion_a_product_of_two_dtypes_is_refused_by_name():
+    hidden, kernel = jnp.ones((2, 3), jnp.bfloat16), np.ones((3, 6), np.float32)
+    of_two = (
+        "kernel must have the dtype of {}hidden, bfloat16, under strict promotion{}, got float32"
+    )
+    with pytest.raises(TypeError, match="^" + of_two.format("", ", unless dtype is given")):
+        HEAD(hidden, kernel, [0, 1])
+    with pytest.raises(TypeError, match=r"^labels\." + of_two.format("labels.", "")):
+        HEAD(kernel.T, kernel, Teacher(jnp.ones((6, 3), jnp.bfloat16), kernel))
+    with jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(HEAD, hidden, kernel, jnp.zeros(2, jnp.int32))
+
+
+def test_sparse_values_may_have_another_dtype_than_the_rest():
+    """Under strict promotion."""
+    logits, ids = LOGITS.astype(np.float32), LABELS[:, None]
+    options = {"label_smoothing": np.float16(0.5), "class_weights": np.ones(6, np.float16)}
+
+    @quick
+    def both(narrow):
+        def loss(values):
+            return jnp.sum(DENSE(logits, Sparse(ids, values), **options))
+
+        return [jax.value_and_grad(loss)(x) for x in (narrow, narrow.astype(jnp.float32))]
+
+    narrow, wide = both(jnp.full((4, 1), 0.75, jnp.bfloat16))
+    assert names(narrow) == ("float32", "bfloat16")
+    np.testing.assert_array_equal(narrow[0], wide[0])
+    np.testing.assert_array_equal(narrow[1], wide[1].astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -152,22 +193,39 @@ def test_a_mean_counts_in_float32(weights_type):
 
 # -- labels of every integer type, compared without wrapping -------------------------------------
 
-INTEGERS = ("int8", "uint8", "int16", "uint32", "int64", "uint64")
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
 
-@pytest.mark.parametrize("labels_type", INTEGERS)
 @pytest.mark.parametrize("num_classes", [127, 128, 255, 256, 1000])
-def test_labels_of_any_integer_type_name_their_class(labels_type, num_classes, x64):
+def test_labels_of_any_integer_type_name_their_class(num_classes, x64):
     logits = rng(31).normal(size=(3, num_classes)).astype(np.float32)
-    highest = min(num_classes - 1, np.iinfo(labels_type).max)
-    labels = np.array([0, highest, highest // 2], labels_type)
-    got = INTEGER(logits, labels)
-    want = exact_loss(logits, labels.astype(np.int64))
-    np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"])
-    if num_classes == 256:  # by the other rule
-        got = INTEGER(logits, labels, label_smoothing=0.1)
-        want = INTEGER(logits, labels.astype(np.int32), label_smoothing=0.1)
-        np.testing.assert_array_equal(got, want)
+    highest = [min(num_classes - 1, np.iinfo(kind).max) for kind in INTEGERS]
+    labels = [np.array([0, i, i // 2], kind) for i, kind in zip(highest, INTEGERS, strict=True)]
+    each, smoothed = quick(
+        lambda z: [[INTEGER(z, y, label_smoothing=e) for y in labels] for e in (0, 0.1)]
+    )(logits)
+    for y, got in zip(labels, each, strict=True):
+        want = exact_loss(logits, y.astype(np.int64))
+        np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"])
+    wide = quick(lambda z: [INTEGER(z, y.astype(np.int64), label_smoothing=0.1) for y in labels])(
+        logits
+    )
+    np.testing.assert_array_equal(smoothed, wide)  # by the other rule
+
+
+def test_labels_at_both_ends_of_every_integer_type():
+    """Without x64, too: the lowest is class 0 or bad, the highest is bad, and each may be ignored."""
+    logits, cases = rng(33).normal(size=(2, 6)).astype(np.float32), []
+    for kind in INTEGERS:
+        ends = np.array([np.iinfo(kind).min, np.iinfo(kind).max], kind)
+        cases += [(ends, ignored) for ignored in (None, *ends, int(ends[0]), int(ends[1]))]
+    losses = quick(lambda z: [INTEGER(z, y, ignore_index=i) for y, i in cases])(logits)
+    first = exact_loss(logits[:1], [0])[0]
+    for (ends, ignored), got in zip(cases, losses, strict=True):
+        want = np.array([first if ends[0] == 0 else np.nan, np.nan])
+        if ignored is not None:
+            want[ends == ignored] = 0
+        np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"], err_msg=ends.dtype.name)
 
 
 @pytest.mark.parametrize(
@@ -189,11 +247,31 @@ def test_labels_beyond_the_classes_never_wrap_into_them(labels, x64):
 
 
 LOWEST = -(2**31)
+
+
+class Wrapped:
+    """As arrays of other libraries are: pandas, PyTorch."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, *args, **kwargs):
+        return self.array
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        return self.array[index]
+
+
 # Cut to 32 bits, these would be 0, 1, the highest class, and -1.
 BEYOND = {
     "int64": np.array([2**32, 2**32 + 1, 2**40 + 5, -(2**32), LOWEST - 1], np.int64),
     "uint64": np.array([2**32, 2**32 + 1, 2**40 + 5, 2**63, 2**64 - 1], np.uint64),
     "ints": [2**32, 2**32 + 1, 2**40 + 5, -(2**32), LOWEST - 1],
+    "scalars": [np.array(2**32), np.int64(2**32 + 1), 2**40 + 5, np.array(-(2**32)), LOWEST - 1],
+    "others": Wrapped(np.array([2**32, 2**32 + 1, 2**40 + 5, -(2**32), LOWEST - 1], np.int64)),
 }
 
 
@@ -258,6 +336,20 @@ def test_an_ignore_index_that_labels_cannot_hold_ignores_nothing(labels_type, ig
             np.isnan(INTEGER(LOGITS, np.array([-1, 127, 1, 2], "int8"), ignore_index=ignore_index)),
             [True, True, False, False],
         )
+
+
+def test_labels_in_a_list_may_be_traced():
+    for losses in quick(lambda label: integer_and_head([label, 2]))(3):
+        assert np.all(np.isfinite(losses))
+
+
+def test_integers_of_64_bits_are_real_numbers_as_they_are():
+    """As weights and as targets: without x64 JAX would make 1 of this one."""
+    large = np.array([2**32 + 1, 1], np.int64)
+    logits = np.zeros((2, 2), np.float32)
+    want = np.log(2) * large
+    np.testing.assert_allclose(INTEGER(logits, [0, 1], weights=large), want, rtol=1e-6)
+    np.testing.assert_allclose(DENSE(logits, large[:, None] * [[1, 0]]), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ignore_index", [3, np.int64(3), np.uint8(3)])

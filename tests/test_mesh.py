@@ -452,6 +452,51 @@ def test_an_axis_that_is_not_there_is_named():
         INTEGER(logits(), labels("integer"), axis_name=0)
 
 
+@pytest.mark.parametrize("kind", ["integer", "linear"])
+def test_classes_that_are_not_split_over_axis_name_are_named(kind):
+    """Each device would count them again: the loss would be off by the logarithm of their number."""
+    name = "kernel" if kind == "linear" else "logits"
+    floats, rest = arguments(kind, plain=True)
+    ids = rest["labels"]
+
+    def trace(mesh, spec, axes, of_loss=lambda loss: loss, check_vma=True):
+        def local(x):
+            if kind == "linear":
+                return linear_softmax_cross_entropy(floats["hidden"], x, ids, axis_name=axes)
+            return INTEGER(x, ids, axis_name=axes)
+
+        out = spec if of_loss is differentiated else P()
+        run = jax.shard_map(
+            of_loss(local),
+            mesh=make_mesh(mesh)[0],
+            in_specs=spec,
+            out_specs=out,
+            check_vma=check_vma,
+        )
+        return jax.eval_shape(run, floats[name])
+
+    def differentiated(loss):
+        return jax.jit(jax.grad(lambda x: jnp.sum(loss(x))))
+
+    def mapped(loss):
+        return lambda x: jax.vmap(loss)(x[None])[0]
+
+    def computed(loss):  # of what does not vary, something that does
+        return lambda x: loss(x * jax.lax.axis_index("model").astype(x.dtype))
+
+    split, both = P(None, "model"), ("data", "model")
+    same = "of axis_name, got the same on all its devices"
+    for of_loss in (lambda loss: loss, differentiated, mapped):
+        with pytest.raises(ValueError, match=f"{name} must be split .* 'model' {same}"):
+            trace("2x4", P(), "model", of_loss)
+        trace("2x4", split, "model", of_loss)
+    with pytest.raises(ValueError, match=f"{name} must be split .* 'data' {same}"):
+        trace("2x4", split, both)
+    trace("1x8", split, both)  # one device is the whole axis
+    trace("2x4", P(), "model", computed)
+    trace("2x4", P(), "model", check_vma=False)  # where JAX does not know
+
+
 def test_the_readers_recipes():
     """README.md's: under plain jit, of a transformer that looks its states up, and with `shard`."""
     text = (Path(__file__).parents[1] / "README.md").read_text()

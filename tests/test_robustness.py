@@ -1,6 +1,7 @@
 """JAX's debugging modes, many threads, repeated runs, caches and serialisation change nothing."""
 
 import contextlib
+import functools
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, one_hot, rng
+from support import BOTH, exact_gradient, exact_loss, one_hot, quick, rng
 
 from jax_sce import CrossEntropyAux, linear_softmax_cross_entropy
 
@@ -143,6 +144,55 @@ def test_an_exported_program_is_the_same_when_it_is_read_again(kind):
     assert_same(again.call(*args), fn(*args))
     floats = tuple(range(len(args) - 1))
     assert_same(jax.grad(again.call, floats)(*args), jax.grad(fn, floats)(*args))
+
+
+def test_an_exported_program_takes_any_number_of_examples():
+    """Of one chunk and of several, the last not full; some ignored, or all counted."""
+
+    def program(hidden, kernel, labels, weights):
+        @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+        def total(hidden, kernel, weights):
+            head = functools.partial(linear_softmax_cross_entropy, hidden, kernel, labels)
+            losses, aux = head(weights=weights, ignore_index=0, chunk_size=4, return_aux=True)
+            mean = head(reduction="mean", chunk_size=3)
+            return jnp.sum(losses) + mean, (losses, mean, aux.prediction)
+
+        return total(hidden, kernel, weights)
+
+    def shape(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    batch, f32 = jax.export.symbolic_shape("b, s"), jnp.float32
+    exported = jax.export.export(jax.jit(program))(
+        shape(f32, *batch, 3), shape(f32, 3, 5), shape(jnp.int32, *batch), shape(f32, *batch)
+    )
+    r = rng(7)
+    kernel = r.normal(size=(3, 5)).astype(np.float32)
+    for batch in ((1, 1), (2, 5)):
+        hidden = r.normal(size=(*batch, 3)).astype(np.float32)
+        labels, weights = r.integers(5, size=batch, dtype=np.int32), r.random(batch, np.float32)
+        (_, (losses, mean, prediction)), gradients = quick(exported.call)(
+            hidden, kernel, labels, weights
+        )
+        logits = hidden @ kernel
+        counts, loss = labels != 0, exact_loss(logits, labels)
+        np.testing.assert_allclose(losses, weights * counts * loss, rtol=1e-5)
+        np.testing.assert_allclose(mean, np.mean(loss), rtol=1e-5)
+        np.testing.assert_array_equal(prediction, np.where(counts, logits.argmax(-1), -1))
+        of_logits = (weights * counts + 1 / labels.size)[..., None] * exact_gradient(logits, labels)
+        want = of_logits @ kernel.T, np.einsum("bsd,bsv->dv", hidden, of_logits), counts * loss
+        for a, b in zip(gradients, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_number_of_classes_of_an_exported_program_is_known():
+    (v,) = jax.export.symbolic_shape("v")
+    for kind, message in (("integer", "logits"), ("linear", "kernel")):
+        args = arguments(kind)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+        shapes[-2] = shapes[-2].update(shape=(args[-2].shape[0], v))
+        with pytest.raises(ValueError, match=f"{message} must have a known .*classes.*, v"):
+            jax.export.export(jax.jit(mean(kind)))(*shapes)
 
 
 def test_functions_and_results_are_pickled():
