@@ -24,6 +24,23 @@ hypothesis.settings.register_profile("thorough", max_examples=3000, deadline=Non
 hypothesis.settings.load_profile("usual")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough", action="store_true", help="also tests that take long or much memory"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: takes long or much memory; run by --thorough")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("thorough"):
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="needs --thorough"))
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion():
     """Of every test in this folder; the doctests beside them show what a user sees."""
