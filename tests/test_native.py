@@ -177,13 +177,16 @@ def test_they_are_what_plain_jax_is(num_classes, dtype, mask, run):
     of_ids, *of_labeled = run_plain(*statistics)
     highest, slope = of_ids[0], g[::-1].copy()
     slope[1] = 0
+    z_with_nan, max_with_nan = z.copy(), highest.copy()
+    z_with_nan[1, 0] = max_with_nan[1] = np.nan  # where the factors are 0
+    of_label = "label_cotangent", rows(z_with_nan, where), ids, max_with_nan, g, h
     cotangents = [
         ("spread", view, highest),
-        ("label_cotangent", view, ids, highest, g, h, None),
-        ("label_cotangent", view, ids, highest, g, h, slope),
+        (*of_label, None),
+        (*of_label, slope),
         *(
-            ("target_cotangent", *args, *stats[:3], g, h, None)
-            for (_, *args), stats in zip(labeled, of_labeled, strict=True)
+            ("target_cotangent", view, y, *stats[:3], g, h, None)
+            for (_, _, y), stats in zip(labeled, of_labeled, strict=True)
         ),
     ]
     want = run_plain(*cotangents)
@@ -218,8 +221,11 @@ def test_divergences_are_what_they_are_in_plain_jax(num_classes, run):
         for x in (z, of_teacher):
             highest = np.max(x, axis=-1, keepdims=True)
             stats += [highest, np.sum(np.exp(x - highest), axis=-1, keepdims=True) - 1]
-        args = rows(z.copy()), rows(of_teacher), *stats, np.log1p(stats[3]) - np.log1p(stats[1])
-        calls += [("divergence_sums", *args), ("divergence_cotangent", *args, g, h, None)]
+        args = rows(of_teacher), *stats, np.log1p(stats[3]) - np.log1p(stats[1])
+        calls += [
+            ("divergence_sums", rows(z.copy()), *args),
+            ("divergence_cotangent", rows(z.copy()), *args, g, h, None),
+        ]
     want = run_plain(*calls)
     for got in run(*calls):
         for apart, k in zip(distances, (0, 2), strict=True):
