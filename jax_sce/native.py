@@ -7,7 +7,13 @@ computes what the library computes without it, to the same bounds, faster.
 
 tells. The environment variable `JAX_SCE_NATIVE` is read when the first loss is traced: `0` does without
 the kernel, `1` or none takes the best for the processor, and the name of an instruction set (`baseline`,
-`x86_64_v3`, `x86_64_v4`) the kernel for that.
+`x86_64_v3`, `x86_64_v4`) the kernel for that. A processor that lacks anything that the compiler may use
+at a level never gets the kernels of that level.
+
+A library that cannot be loaded, is none of ours, or was built for a newer jaxlib is not used, and
+`status()` says why. One that was cut off further on than its first page ends the process when it is
+loaded, as any shared library does: install again. An editable installation keeps what it built, so
+build again after a change of the C++ sources.
 """
 
 import ctypes

@@ -1,6 +1,7 @@
 // Fuzzes the row kernels (jax_sce/_native/rows.cc), at every level that this processor can run, against
 // plain sums in long double, under the sanitizers that JAX_SCE_SANITIZE asks for (see the CMakeLists.txt
-// there). To be run as
+// there). Before that, the choice of a level for any processor, and the sharing out of rows to threads that
+// start late or never, and without memory. To be run as
 //   native_fuzz [rounds [seed]]
 // A round has one case of each number of classes, with all else drawn at random. The same arguments give
 // the same cases.
@@ -8,20 +9,36 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "for_rows.h"
 #include "levels.h"
 #include "rows.h"
+
+// Of this thread: so many allocations succeed, and no more.
+thread_local int64_t allocations_left = std::numeric_limits<int64_t>::max();
+
+void* operator new(std::size_t size) {
+  void* const p = allocations_left == 0 ? nullptr : std::malloc(size == 0 ? 1 : size);
+  if (p == nullptr) throw std::bad_alloc();
+  --allocations_left;
+  return p;
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 
 namespace jax_sce {
 
@@ -824,6 +841,115 @@ std::vector<int64_t> numbers_of_classes() {
   return found;
 }
 
+// -- around the kernels -------------------------------------------------------------------------------
+
+void expect(bool holds, const char* what, const char* where = "") {
+  if (holds) return;
+  std::printf("native_fuzz: not so: %s %s\n", what, where);
+  std::exit(1);
+}
+
+// Each feature of a level is asked for, none else, and the processor is read right.
+void check_levels() {
+  const struct {
+    size_t level;  // as an index into all levels
+    const char* name;
+    uint32_t Features::* word;
+    int place;
+  } needed[] = {
+      {1, "SSE3", &Features::ecx_1, 0},
+      {1, "SSSE3", &Features::ecx_1, 9},
+      {1, "FMA", &Features::ecx_1, 12},
+      {1, "CMPXCHG16B", &Features::ecx_1, 13},
+      {1, "SSE4.1", &Features::ecx_1, 19},
+      {1, "SSE4.2", &Features::ecx_1, 20},
+      {1, "MOVBE", &Features::ecx_1, 22},
+      {1, "POPCNT", &Features::ecx_1, 23},
+      {1, "OSXSAVE", &Features::ecx_1, 27},
+      {1, "AVX", &Features::ecx_1, 28},
+      {1, "F16C", &Features::ecx_1, 29},
+      {1, "BMI1", &Features::ebx_7, 3},
+      {1, "AVX2", &Features::ebx_7, 5},
+      {1, "BMI2", &Features::ebx_7, 8},
+      {1, "LAHF", &Features::ecx_80000001, 0},
+      {1, "LZCNT", &Features::ecx_80000001, 5},
+      {1, "XMM", &Features::xcr0, 1},
+      {1, "YMM", &Features::xcr0, 2},
+      {2, "AVX512F", &Features::ebx_7, 16},
+      {2, "AVX512DQ", &Features::ebx_7, 17},
+      {2, "AVX512CD", &Features::ebx_7, 28},
+      {2, "AVX512BW", &Features::ebx_7, 30},
+      {2, "AVX512VL", &Features::ebx_7, 31},
+      {2, "masks", &Features::xcr0, 5},
+      {2, "ZMM 0-15", &Features::xcr0, 6},
+      {2, "ZMM 16-31", &Features::xcr0, 7},
+  };
+  const size_t built = kernels_for({~0u, ~0u, ~0u, ~0u}).size();
+  Features all = {};
+  for (const auto& x : needed) all.*x.word |= 1u << x.place;
+  expect(kernels_for({}).size() == 1, "a processor without any has the baseline alone");
+  expect(kernels_for(all).size() == built, "no more is asked for than the levels need");
+  for (const auto& x : needed) {
+    Features without = {~0u, ~0u, ~0u, ~0u};
+    without.*x.word &= ~(1u << x.place);
+    expect(kernels_for(without).size() == std::min(built, x.level), "a level needs", x.name);
+  }
+#ifdef JAX_SCE_HAS_X86_64_V3
+  const Features here = features_here();
+  const auto agree = [&here](bool has, uint32_t leaf_7) { return has == here.have({0, leaf_7, 0, 0}); };
+  expect(agree(__builtin_cpu_supports("bmi2"), bits({8})), "the compiler, too, finds", "BMI2");
+  expect(!__builtin_cpu_supports("avx2") || here.have({bits({27, 28}), bits({5}), 0, bits({1, 2})}),
+         "the compiler, too, finds", "AVX2");
+  expect(!__builtin_cpu_supports("avx512f") || here.have({0, bits({16}), 0, bits({5, 6, 7})}),
+         "the compiler, too, finds", "AVX-512");
+#endif
+}
+
+// Threads that start at once, or when all is done.
+struct Pool {
+  bool starts;
+  std::vector<std::function<void()>> tasks;
+  std::vector<std::thread> threads;
+
+  int64_t num_threads() const { return 4; }
+  template <class Task>
+  void Schedule(Task task) {
+    if (starts)
+      threads.emplace_back(task);
+    else
+      tasks.push_back(task);
+  }
+  ~Pool() {
+    for (auto& task : tasks) task();
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+// When the call ends, each row was taken once, however many threads came, and if the memory ended anywhere.
+void check_for_rows() {
+  const auto here = std::this_thread::get_id();
+  for (bool starts : {false, true})
+    for (int64_t n : {0, 1, 8, 9, 100})
+      for (int64_t allowed : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 99}) {
+        std::vector<std::atomic<int>> taken(n);
+        const auto once = [&] {
+          return std::all_of(taken.begin(), taken.end(), [](const auto& x) { return x == 1; });
+        };
+        {
+          Pool pool{starts, {}, {}};
+          allocations_left = allowed;
+          for_rows(pool, n, kPart / 8, [&](int64_t begin, int64_t end) {
+            if (std::this_thread::get_id() != here)
+              std::this_thread::sleep_for(std::chrono::microseconds(200));
+            for (int64_t i = begin; i < end; ++i) ++taken[i];
+          });
+          allocations_left = std::numeric_limits<int64_t>::max();
+          expect(once(), "each row was taken once");
+        }
+        expect(once(), "a thread that comes late takes none");
+      }
+}
+
 }  // namespace
 }  // namespace jax_sce
 
@@ -831,7 +957,9 @@ int main(int argc, char** argv) {
   using namespace jax_sce;
   const long rounds = argc > 1 ? std::strtol(argv[1], nullptr, 10) : 5;
   const auto seed = static_cast<uint32_t>(argc > 2 ? std::strtoul(argv[2], nullptr, 10) : 0);
-  Fuzzer fuzzer{kernels_here(), seed, {std::mt19937(seed)}};
+  check_levels();
+  check_for_rows();
+  Fuzzer fuzzer{kernels_for(features_here()), seed, {std::mt19937(seed)}};
   for (Type type : {Type::kBF16, Type::kF16}) fuzzer.check_conversions(type);
   fuzzer.check_exponentials();
   fuzzer.check_ascents();

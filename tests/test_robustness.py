@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import BOTH, exact_gradient, exact_loss, one_hot, quick, rng
 
-from jax_sce import CrossEntropyAux, linear_softmax_cross_entropy
+from jax_sce import CrossEntropyAux, linear_softmax_cross_entropy, native
 
 N, D, V = 12, 5, 300
 IGNORED = -100
@@ -42,10 +42,16 @@ def mean(kind, **more):
     return lambda *args: FUNCTIONS[kind](*args, **options)
 
 
-def run(kind, **more):
+def program(kind, **more):
     """The loss, and the gradients by all but the last argument."""
-    args = arguments(kind)
-    return jax.value_and_grad(mean(kind, **more), tuple(range(len(args) - 1)))(*args)
+    floats = tuple(range(len(arguments(kind)) - 1))
+    return jax.value_and_grad(mean(kind, **more), floats)
+
+
+@functools.cache
+def run(kind):
+    """As it usually is."""
+    return quick(program(kind))(*arguments(kind))
 
 
 def assert_same(a, b):
@@ -68,25 +74,28 @@ def test_modes_change_nothing(kind, mode):
     another order remain."""
     want = run(kind)
     with MODES[mode]():
-        got = run(kind)
+        got = quick(program(kind))(*arguments(kind))
     rtol, atol = (1e-5, 1e-7) if mode == "not jitted" else (0, 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), got, want)
 
 
 def test_a_nan_is_found_where_it_is_made():
+    z, y = np.zeros((2, 3), np.float32), np.array([0, 3], np.int32)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
-        BOTH["integer"](jnp.zeros((2, 3)), jnp.array([0, 3])).block_until_ready()
+        BOTH["integer"](z, y).block_until_ready()
 
 
 def test_many_threads_compile_and_call_at_once():
+    shared = {kind: quick(program(kind)) for kind in KINDS}
+
     def work(i):  # each thread a shape of its own, and those that all share
-        logits, labels = jnp.ones((3, 4 + i)), jnp.zeros(3, jnp.int32)
-        own = jax.grad(lambda z: BOTH["integer"](z, labels, reduction="sum"))(logits)
-        return own.shape, [run(kind) for kind in KINDS]
+        logits, labels = np.ones((3, 4 + i), np.float32), np.zeros(3, np.int32)
+        own = quick(jax.grad(lambda z: BOTH["integer"](z, labels, reduction="sum")))(logits)
+        return own.shape, {kind: shared[kind](*arguments(kind)) for kind in KINDS}
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(work, range(8)))
-    want = [run(kind) for kind in KINDS]
+    want = {kind: run(kind) for kind in KINDS}
     for i, (shape, got) in enumerate(results):
         assert shape == (3, 4 + i)
         assert_same(got, want)
@@ -94,37 +103,38 @@ def test_many_threads_compile_and_call_at_once():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_are_bitwise_equal(kind):
-    want = run(kind)
-    for _ in range(3):
-        assert_same(run(kind), want)
-    jax.clear_caches()
-    assert_same(run(kind), want)
+    """Of one program, and of another that is compiled again."""
+    args = arguments(kind)
+    first, second = (quick(program(kind)).lower(*args).compile() for _ in range(2))
+    for compiled in (first, first, first, second):
+        assert_same(compiled(*args), run(kind))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_size_of_the_chunks_is_a_matter_of_rounding(reduction):
     """The gradient of the kernel is a sum over the examples, in parts; a loss is that of its example."""
-    args = arguments("linear")
 
-    def loss(chunk_size):
+    def loss(chunk_size, *args):
         g = np.resize(np.float32([1, -0.5, 2]), N)
-        fn = mean("linear", reduction=reduction, chunk_size=chunk_size)
-        return jax.value_and_grad(
-            lambda *a: jnp.vdot(g, fn(*a)) if reduction == "none" else fn(*a), (0, 1)
-        )(*args)
+        losses = mean("linear", reduction=reduction, chunk_size=chunk_size)(*args)
+        return jnp.vdot(g, losses) if reduction == "none" else losses
 
-    value, gradients = loss(None)
-    for chunk_size in (1, 5, N, 10 * N):
-        other, by_chunks = loss(chunk_size)
+    @quick
+    def by_chunks(*args):
+        sizes = (None, 1, 5, N, 10 * N)
+        return [jax.value_and_grad(loss, (1, 2))(size, *args) for size in sizes]
+
+    (value, gradients), *others = by_chunks(*arguments("linear"))
+    for other, by_size in others:
         np.testing.assert_allclose(other, value, rtol=4 * 2.0**-24)
-        for a, b in zip(by_chunks, gradients, strict=True):  # of up to N parts, each added once
+        for a, b in zip(by_size, gradients, strict=True):  # of up to N parts, each added once
             np.testing.assert_allclose(a, b, rtol=0, atol=N * 2.0**-24 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_program_is_the_same(kind):
     args = arguments(kind)
-    fn = jax.jit(jax.value_and_grad(mean(kind)))
+    fn = quick(jax.value_and_grad(mean(kind)))
     exported = jax.export.export(fn, platforms=("cpu", "cuda", "tpu"))(*args)
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     # It does without the native kernels, and the choice of the platform at run time is compiled
@@ -138,7 +148,7 @@ def test_an_exported_program_is_the_same(kind):
 def test_an_exported_program_is_the_same_when_it_is_read_again(kind):
     pytest.importorskip("flatbuffers")
     args = arguments(kind)
-    fn = jax.jit(mean(kind))
+    fn = quick(mean(kind))
     exported = jax.export.export(fn)(*args)
     again = jax.export.deserialize(exported.serialize(vjp_order=1))
     assert_same(again.call(*args), fn(*args))
@@ -204,25 +214,81 @@ def test_functions_and_results_are_pickled():
     assert_same(again, aux)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("kind", "kernels"), [("integer", "native"), ("integer", "plain"), ("dense", "native")]
+)
+def test_more_than_2_to_the_31_logits(kind, kernels, monkeypatch):
+    """And more than 2**32 bytes: 4.3 GB of bfloat16 logits, and as many of distributions, with the
+    gradient written over the logits. The same few rows again and again: a small program tells their
+    results."""
+    if kernels == "plain":
+        monkeypatch.setattr(native, "status", lambda: native.Status(False, "for this test"))
+    elif not native.status().available:
+        pytest.skip(f"no kernels: {native.status().detail}")
+    period, repeats, num_classes = 97, 677, 2**15  # 2**31 logits are no multiple of 97 rows
+    draw = rng(4)
+    few = draw.normal(size=(period, num_classes)).astype(jnp.bfloat16)
+    labels = draw.integers(num_classes, size=period, dtype=np.int32)
+    if kind == "dense":
+        labels = draw.dirichlet(np.ones(num_classes), period).astype(jnp.bfloat16)
+
+    def many(x):
+        tile = jax.jit(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)).reshape(-1, *x.shape[1:]))
+        return jax.block_until_ready(tile(x))
+
+    def both(z, y):
+        def loss(z):
+            losses = BOTH[kind](z, y)
+            return jnp.sum(losses), losses
+
+        gradient, losses = jax.grad(loss, has_aux=True)(z)
+        return losses, gradient
+
+    step = jax.jit(both, donate_argnums=0)
+    small = [np.array(x) for x in step(jnp.asarray(few), labels)]
+    large = step(many(few), many(labels))
+    assert large[1].size > 2**31
+    for got, want in zip(large, small, strict=True):
+        rtol = (
+            2.0**-20 if want.dtype == np.float32 else 2.0**-7
+        )  # plain JAX may sum in another order
+        want = want.astype(np.float32)
+        for rows in np.split(np.asarray(got), repeats):
+            np.testing.assert_allclose(rows.astype(np.float32), want, rtol, atol=1e-37)
+
+
 CACHED = """
 import sys, jax, numpy as np
-jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 from jax_sce import linear_softmax_cross_entropy as head
 args = np.ones((6, 4), np.float32), np.eye(4, 9, dtype=np.float32), np.arange(6, dtype=np.int32)
-loss, gradients = jax.jit(jax.value_and_grad(lambda *a: head(*a, reduction="mean"), (0, 1)))(*args)
-print(loss, *(g.sum(-1).tolist() for g in gradients))
+for folder in sys.argv[1:]:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    reset_cache()
+    jax.clear_caches()
+    step = jax.jit(jax.value_and_grad(lambda *a: head(*a, reduction="mean"), (0, 1)))
+    print(*(np.asarray(x).tobytes().hex() for x in jax.tree.leaves(step(*args))))
 """
 
 
 def test_the_persistent_cache_gives_the_same(tmp_path):
-    command = [sys.executable, "-c", CACHED, tmp_path / "cache"]
-    first, second = (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)
-    )
-    assert list((tmp_path / "cache").iterdir())
-    assert first == second
+    """When it is written, when it is read, and where it cannot be, of which JAX warns."""
+    (tmp_path / "a file").touch()
+    cache = tmp_path / "cache"
+
+    def digests(*folders):
+        command = [sys.executable, "-c", CACHED, *folders]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    first, without = digests(cache, tmp_path / "a file")
+    assert list(cache.iterdir())
+    (second,) = digests(cache)
+    assert first == second == without
 
 
 def test_importing_it_imports_little():

@@ -1,14 +1,10 @@
 // The kernels as XLA's FFI calls them: arguments checked, rows shared out to XLA's threads.
 
-#include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <optional>
 
+#include "for_rows.h"
 #include "levels.h"
 #include "rows.h"
 #include "xla/ffi/api/ffi.h"
@@ -36,43 +32,6 @@ std::atomic<const Kernels*> current{nullptr};
 const Kernels& kernels() {
   const Kernels* chosen = current.load(std::memory_order_relaxed);
   return chosen == nullptr ? kernels_baseline : *chosen;
-}
-
-// -- threads ------------------------------------------------------------------------------------------
-
-constexpr int64_t kPart = 1 << 15;  // logits that are worth handing to another thread
-
-// Calls work(begin, end) for all rows, here and on XLA's threads. They take parts as they come; this
-// thread waits for parts that another one is at, and for none that is yet to be taken, so it does not
-// matter if the others never start.
-template <class Work>
-void for_rows(ThreadPool& pool, int64_t num_rows, int64_t num_classes, Work work) {
-  int64_t size = std::max<int64_t>(kPart / num_classes, 1);
-  if (size > kRowsAtOnce) size -= size % kRowsAtOnce;
-  const int64_t parts = (num_rows + size - 1) / size;
-  if (parts <= 1) return work(0, num_rows);
-
-  struct Progress {
-    std::atomic<int64_t> next{0}, left;
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  auto progress = std::make_shared<Progress>();
-  progress->left = parts;
-  auto run = [=] {
-    for (int64_t part; (part = progress->next.fetch_add(1)) < parts;) {
-      work(part * size, std::min((part + 1) * size, num_rows));
-      if (progress->left.fetch_sub(1) == 1) {
-        std::lock_guard<std::mutex> lock(progress->mutex);
-        progress->finished.notify_one();
-      }
-    }
-  };
-  const int64_t helpers = std::min(parts, pool.num_threads()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(run));
-  run();
-  std::unique_lock<std::mutex> lock(progress->mutex);
-  progress->finished.wait(lock, [&] { return progress->left == 0; });
 }
 
 // -- arguments ----------------------------------------------------------------------------------------
@@ -297,7 +256,7 @@ EXPORT int jax_sce_ffi_minor() { return XLA_FFI_API_MINOR; }
 // none of that name, or not for this processor.
 EXPORT const char* jax_sce_use(const char* level) {
   const Kernels* chosen = nullptr;
-  for (const Kernels* found : kernels_here())
+  for (const Kernels* found : kernels_for(features_here()))
     if (std::strcmp(level, "best") == 0 || std::strcmp(level, found->level) == 0) chosen = found;
   if (chosen == nullptr) return nullptr;
   current = chosen;
