@@ -1,7 +1,6 @@
 """The losses on logits. Their options are arithmetic around two differentiation rules."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -282,10 +281,10 @@ def inputs(
     return Inputs(logits, labels, mask, given.where(examples), axes)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for. Jitted when it is called eagerly; inlined into an
-    enclosing jit."""
+    """The loss, and the aux if it is asked for. Jitted, so that an eager call is compiled as one, and so
+    is its derivative. (JAX 0.10 would run the derivative of a jit with `inline=True` step by step.)"""
     options: Options = inputs.options
     labels: Any = inputs.labels
     axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)

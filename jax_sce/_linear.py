@@ -211,7 +211,7 @@ def _labels(
     return labels, ignore_index, has_ids
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def loss_of(inputs: Inputs) -> Any:
     """The loss, and the aux if it is asked for, [N...]."""
     options = inputs.options
