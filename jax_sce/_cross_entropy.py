@@ -283,7 +283,8 @@ def inputs(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for. Jitted: an eager gradient runs as one program."""
+    """The loss, and the aux if it is asked for. Jitted, so that an eager call is compiled as one, and so
+    is its derivative. (JAX 0.10 would run the derivative of a jit with `inline=True` step by step.)"""
     options: Options = inputs.options
     labels: Any = inputs.labels
     axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)

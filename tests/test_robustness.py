@@ -79,6 +79,27 @@ def test_modes_change_nothing(kind, mode):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), got, want)
 
 
+@pytest.mark.parametrize("forward_mode", [False, True], ids=["reverse", "forward"])
+@pytest.mark.parametrize("kind", BOTH)
+def test_masked_classes_are_no_infinities(kind, forward_mode):
+    """Nor in an eager derivative; one of the rows keeps no class."""
+    mask = np.array([[True, True, False], [False, True, True], [False] * 3])
+    labels = np.array([0, 1, 2])
+    labels = labels if kind == "integer" else one_hot(labels, 3)
+
+    def total(logits):
+        losses, aux = BOTH[kind](
+            logits, labels, where=mask, return_aux=True, forward_mode=forward_mode
+        )
+        return jnp.sum(losses + aux.entropy)
+
+    with debugging():
+        value, gradient = jax.value_and_grad(total)(np.zeros((3, 3), np.float32))
+    np.testing.assert_allclose(value, 4 * np.log(2), rtol=1e-6)  # of two classes each
+    want = [[-0.5, 0.5, 0], [0, -0.5, 0.5], [0, 0, 0]]
+    np.testing.assert_allclose(gradient, want, atol=1e-6)
+
+
 def test_a_nan_is_found_where_it_is_made():
     z, y = np.zeros((2, 3), np.float32), np.array([0, 3], np.int32)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
