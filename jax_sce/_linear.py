@@ -305,8 +305,10 @@ def _summed(sums: bool, values: Values) -> Values:
 
 def _fwd(sums, inputs):
     wrapped: dict[str, Any] = inputs.arrays()
-    wanted = frozenset(k for k, x in wrapped.items() if x.perturbed)
     inputs = inputs.having({k: x.value for k, x in wrapped.items()})
+    # Under `jax_custom_vjp3`, `jax.checkpoint` says of integers too that they are differentiated.
+    floats = {k for k, x in inputs.arrays().items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    wanted = frozenset(k for k in floats if wrapped[k].perturbed)
     if sums:
         zeros = _head.nothing(inputs, inputs.batch).loss
         g = Cotangents(jnp.ones_like(zeros), zeros)
