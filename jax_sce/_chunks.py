@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ._rows import compute_dtype
 
@@ -83,16 +83,27 @@ def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
     return jnp.pad(ids, ((0, 0), (0, plan.chunk)), constant_values=plan.per_shard), most
 
 
+# Neither uses `jax.vmap`, which JAX mistakes for an outer one with `spmd_axis_name`, and whose scatters
+# checkify's index checks fail on. So do they on a gather under `jax.checkpoint`, if it is not jitted.
+
+
+@jax.jit
 def take(x: Array, ids: Array) -> Array:
-    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]."""
-    rows = jax.vmap(lambda x, ids: jnp.take(x, ids, axis=0, mode="clip"))(x, ids)
+    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]; anything for the id n."""
+    at = x.at[_shards(ids), jnp.minimum(ids, x.shape[1] - 1)]
+    rows = at.get(mode="promise_in_bounds", wrap_negative_indices=False)
     return rows.reshape(ids.size, *x.shape[2:])
 
 
+@jax.jit
 def put(x: Array, ids: Array, rows: Array) -> Array:
     """`x` [L, n, ...] with `rows` [C, ...] at `ids` [L, c]; what has the id n goes nowhere."""
     rows = rows.reshape(*ids.shape, *x.shape[2:])
-    return jax.vmap(lambda x, ids, rows: x.at[ids].set(rows, mode="drop"))(x, ids, rows)
+    return x.at[_shards(ids), ids].set(rows, mode="drop", wrap_negative_indices=False)
+
+
+def _shards(ids: Array) -> Array:
+    return lax.broadcasted_iota(ids.dtype, ids.shape, 0)
 
 
 def dot(a: Array, b: Array, precision: Any = None) -> Array:

@@ -247,11 +247,16 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 
     _, chunks = lax.scan(step, None, starts)
 
-    def in_place(x, rows):
-        rows = rows.reshape(plan.chunks, plan.shards, plan.chunk).swapaxes(0, 1)
-        return _chunks.put(x, ids, rows.reshape(ids.shape)).reshape(batch)
+    # Where the examples stand in that order.
+    places = ids[:, : plan.per_shard]
+    if worked_on is not None:
+        places = jnp.argsort(places, axis=1)
 
-    return jax.tree.map(in_place, nothing(inputs, plan.shape), chunks)
+    def in_place(rows):
+        rows = rows.reshape(plan.chunks, plan.shards, plan.chunk).swapaxes(0, 1)
+        return _chunks.take(rows.reshape(ids.shape), places).reshape(batch)
+
+    return jax.tree.map(in_place, chunks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -101,7 +101,10 @@ def linear_softmax_cross_entropy(
         rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
         `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
       chunk_size: Examples in a chunk, whose float32 logits are held. None chooses by shapes and
-        platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB.
+        platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB. On
+        CPU, chunks of 128 took as long as those of None, 256, in 0.6 to 0.8 of the temporary memory; 64
+        took up to 1.3 times as long, 32 1.7 and 16 2.5 times, in 0.2 to 0.6. Gradients of a 16-bit
+        kernel are summed in a float32 array of its size, whatever the chunk.
       dtype: The dtype of the matrix products, one of those four, as Flax's layers have it; None for the
         wider of `hidden` and `kernel`. bfloat16 with a kernel in float32 is mixed precision: hidden
         states and kernel are rounded once for the products, and the kernel's gradient is summed and
@@ -308,8 +311,10 @@ def _summed(sums: bool, values: Values) -> Values:
 
 def _fwd(sums, inputs):
     wrapped: dict[str, Any] = inputs.arrays()
-    wanted = frozenset(k for k, x in wrapped.items() if x.perturbed)
     inputs = inputs.having({k: x.value for k, x in wrapped.items()})
+    # Under `jax_custom_vjp3`, `jax.checkpoint` says of integers too that they are differentiated.
+    floats = {k for k, x in inputs.arrays().items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    wanted = frozenset(k for k in floats if wrapped[k].perturbed)
     if sums:
         zeros = _head.nothing(inputs, inputs.batch).loss
         g = Cotangents(jnp.ones_like(zeros), zeros)

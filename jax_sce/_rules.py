@@ -150,20 +150,25 @@ def _rule_bwd(kind, has_entropy, residuals, cotangents):
 rule.defvjp(_rule_fwd, _rule_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.checkpoint, static_argnums=(0, 1), policy=_backend.gives_statistics)
 def rule_forward(
     kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array | None
 ) -> Out:
-    """The same maps, contracted with a tangent. Under `jax.checkpoint`, reverse mode over that keeps
-    the arguments and the row statistics, and no array of the logits' size."""
-    return _fwd(kind, has_entropy, rows, targets, counts)[0]
+    """The same maps, contracted with a tangent. Reverse mode over that keeps the arguments and the row
+    statistics, and no array of the logits' size. (A `jax.checkpoint` of the tangents alone cannot be
+    transposed under `jax_remat3`.)"""
+    return _contracted(kind, has_entropy, rows, targets, counts)
 
 
-@functools.partial(rule_forward.defjvp, symbolic_zeros=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _contracted(kind, has_entropy, *args):
+    return _fwd(kind, has_entropy, *args)[0]
+
+
+@functools.partial(_contracted.defjvp, symbolic_zeros=True)
 def _rule_jvp(kind, has_entropy, primals, dots):
     out, residuals = _fwd(kind, has_entropy, *primals)
 
-    @jax.checkpoint
     def tangents(residuals, moving):
         rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
         zero = jnp.zeros_like(one)

@@ -1,5 +1,6 @@
 """`checkify` says which label was bad, in every transformation, and costs nothing elsewhere."""
 
+import functools
 import re
 
 import jax
@@ -57,6 +58,22 @@ def test_the_first_bad_label_is_named(program):
     assert said(PROGRAMS[program], LOGITS, BAD % V) is None
 
 
+def test_index_checks_pass_a_head():
+    """However it is differentiated: of a scatter under `jax.vmap` or `jax.checkpoint`, and of one that
+    drops what lies outside, checkify makes an error."""
+
+    def mean(hidden, **options):
+        labels = np.array([0, 1, 2, 3])
+        options |= {"reduction": "mean", "ignore_index": 0, "chunk_size": 3}
+        return linear_softmax_cross_entropy(hidden, KERNEL, labels, **options)
+
+    def differentiated(hidden):
+        forward = jax.grad(functools.partial(mean, forward_mode=True))(hidden)
+        return forward, jax.vmap(jax.grad(mean))(hidden[None])
+
+    assert said(differentiated, HIDDEN, errors=checkify.index_checks) is None
+
+
 def test_its_place_has_all_axes():
     message = said(INTEGER, LOGITS.reshape(2, 2, V), BAD.reshape(2, 2))
     assert message.startswith("labels must lie in [0, 5), got 7 at (1, 0)")
@@ -100,7 +117,7 @@ def test_it_stands_beside_other_checks():
     assert said(step, LOGITS, BAD % V).startswith("mine")
     assert said(step, -LOGITS, BAD).startswith("labels must lie")
     assert said(step, -LOGITS, BAD, errors=checkify.div_checks) is None
-    assert said(INTEGER, LOGITS, BAD % V, errors=checkify.all_checks) is None
+    assert said(INTEGER, LOGITS, BAD % V, errors=checkify.index_checks) is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])

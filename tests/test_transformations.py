@@ -22,6 +22,8 @@ from support import (
     rng,
 )
 
+from jax_sce import linear_softmax_cross_entropy, shard
+
 N, V = 8, 6
 LOGITS = rng(40).normal(size=(N, V))
 LABELS = rng(41).integers(0, V, N, dtype=np.int32)
@@ -307,6 +309,26 @@ def test_shard_map_over_the_batch(name, num_classes):
         got = pull(jnp.asarray(cotangents(16), jnp.float32))[0]
         want = exact_gradient(logits, ids) * cotangents(16)[:, None]
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_vmap_over_an_axis_of_the_mesh():
+    """`jax.vmap` around `jax.shard_map`, of which each device has its part: a head for each of two
+    models."""
+    mesh = jax.make_mesh((2, 2, 2), ("models", "data", "model"), axis_types=(AxisType.Auto,) * 3)
+    hidden = jnp.asarray(rng(52).normal(size=(2, N, 3)), jnp.float32)
+    kernel = jnp.asarray(rng(53).normal(size=(3, V)), jnp.float32)
+    head = functools.partial(linear_softmax_cross_entropy, reduction="sum", chunk_size=2)
+    split = shard(head.func, mesh, batch="data", classes="model")
+
+    def on_each(*args):
+        return jax.lax.psum(head(*args), "data")
+
+    own = jax.shard_map(on_each, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P())
+    want = jax.vmap(jax.value_and_grad(head), (0, None, None))(hidden, kernel, LABELS)
+    for loss in (functools.partial(split, **head.keywords), own):
+        of_models = jax.vmap(jax.value_and_grad(loss), (0, None, None), spmd_axis_name="models")
+        got = quick(of_models)(hidden, kernel, LABELS)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 @pytest.mark.parametrize("kind", BOTH)
