@@ -105,16 +105,6 @@ target_cotangent = functools.partial(_bind, Operation(_rows.target_cotangent))
 divergence_sums = functools.partial(_bind, Operation(_divergence.divergence_sums, 2))
 divergence_cotangent = functools.partial(_bind, Operation(_divergence.divergence_cotangent))
 
-_STATISTICS = [
-    f"jax_sce_{function.args[0].name}"
-    for function in (label_statistics, target_statistics, spread, divergence_sums)
-]
-
-
-def gives_statistics(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: what to keep are a few numbers a row."""
-    return primitive.name in _STATISTICS
-
 
 def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> list[Any]:
     """One entry for each result: `of_logits` for [N, V], `of_row` for [N, 1]."""

@@ -150,7 +150,14 @@ def _rule_bwd(kind, has_entropy, residuals, cotangents):
 rule.defvjp(_rule_fwd, _rule_bwd, symbolic_zeros=True)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(0, 1), policy=_backend.gives_statistics)
+_OF_ROWS = "jax_sce: numbers of each row"
+
+
+@functools.partial(
+    jax.checkpoint,
+    static_argnums=(0, 1),
+    policy=jax.checkpoint_policies.save_only_these_names(_OF_ROWS),
+)
 def rule_forward(
     kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array | None
 ) -> Out:
@@ -167,7 +174,11 @@ def _contracted(kind, has_entropy, *args):
 
 @functools.partial(_contracted.defjvp, symbolic_zeros=True)
 def _rule_jvp(kind, has_entropy, primals, dots):
+    from jax.ad_checkpoint import checkpoint_name
+
     out, residuals = _fwd(kind, has_entropy, *primals)
+    of_rows = jax.tree.map(functools.partial(checkpoint_name, name=_OF_ROWS), residuals[2:])
+    residuals = Residuals(*residuals[:2], *of_rows)
 
     def tangents(residuals, moving):
         rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
