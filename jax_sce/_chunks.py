@@ -83,8 +83,8 @@ def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
     return jnp.pad(ids, ((0, 0), (0, plan.chunk)), constant_values=plan.per_shard), most
 
 
-# There is no `jax.vmap` in these two: JAX takes it for an outer one with `spmd_axis_name`, and checkify's
-# index checks fail on the scatter that it makes, as they do on a gather that is not jitted under
+# There is no `jax.vmap` in these two: JAX takes it for an outer one with `spmd_axis_name`, and the index
+# checks of checkify fail on the scatter that it makes, as they do on a gather that is not jitted under
 # `jax.checkpoint`.
 
 
