@@ -44,8 +44,12 @@ def pulled(loss, *args, g=G):
     def of(*floats):
         return loss(*(floats[at.index(i)] if i in at else x for i, x in enumerate(args)))
 
-    value, pull = jax.vjp(of, *(args[i] for i in at))
-    return value, pull(jnp.broadcast_to(g, value.shape))
+    @jax.jit
+    def run(*floats):
+        value, pull = jax.vjp(of, *floats)
+        return value, pull(jnp.broadcast_to(g, value.shape))
+
+    return run(*(args[i] for i in at))
 
 
 def head_of(hidden, kernel, ids, values, **options):

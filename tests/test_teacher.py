@@ -101,8 +101,12 @@ def test_it_is_a_constant(x64):
 
 
 def test_the_aux_has_its_entropy():
-    loss, aux = ours(STUDENT, TEACHER, return_aux=True)
-    divergence = ours(STUDENT, TEACHER, divergence=True)
+    (loss, aux), divergence = quick(
+        lambda: (
+            ours(STUDENT, TEACHER, return_aux=True),
+            ours(STUDENT, TEACHER, divergence=True),
+        )
+    )()
     np.testing.assert_allclose(loss - aux.teacher_entropy, divergence, rtol=1e-5)
     assert aux.rank is None
 
@@ -115,7 +119,7 @@ def test_the_aux_has_its_entropy():
         log_o = jax.nn.log_softmax(student["hidden"] @ student["kernel"] + student["bias"])
         return naive(student, TEACHER, reduction="mean") - jnp.sum(jnp.exp(log_o) * log_o)
 
-    NEAR(jax.grad(total)(STUDENT), jax.grad(naive_total)(STUDENT))
+    NEAR(*quick(lambda x: (jax.grad(total)(x), jax.grad(naive_total)(x)))(STUDENT))
 
 
 # -- rows of given logits -----------------------------------------------------------------------------
@@ -255,8 +259,10 @@ def test_16_bit_heads_are_computed_in_float32():
 def test_vmap_over_students(x64):
     students = jax.tree.map(lambda x: jnp.stack([x, 2 * x]).astype(jnp.float64), STUDENT)
     teacher = jax.tree.map(lambda x: x.astype(jnp.float64), TEACHER)
-    got = jax.vmap(lambda s: ours(s, teacher, reduction="mean"))(students)
-    want = jax.vmap(lambda s: naive(s, teacher, reduction="mean"))(students)
+    got, want = (
+        quick(jax.vmap(functools.partial(fn, teacher=teacher, reduction="mean")))(students)
+        for fn in (ours, naive)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
