@@ -181,9 +181,7 @@ def _wide_integers(x: Any) -> np.ndarray | None:
     wide = np.asarray(x, dtype=object)  # for Python's integers may be of any size
     if any(isinstance(n, bool) for n in wide.flat):
         return None
-    integers = np.empty(wide.shape, object)
-    integers.flat = [operator.index(n) for n in wide.flat]
-    return integers
+    return np.array([operator.index(n) for n in wide.flat], object).reshape(wide.shape)
 
 
 def sparse(labels: Sparse, batch: tuple[int, ...]) -> Sparse:
