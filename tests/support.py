@@ -1,5 +1,6 @@
 """What several tests share: the tolerances, an oracle in NumPy float64, and inputs."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -45,25 +46,32 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
-def covering(*axes, strength=2):
-    """The cells of a grid as parameters: a few where every `strength` values of different axes meet, and
-    the others for `--thorough`."""
-    grid = list(itertools.product(*(range(len(axis)) for axis in axes)))
+def covering(*axes, strength=2, possible=lambda *values: True):
+    """The possible cells of a grid as parameters: a few where every `strength` values of different axes
+    meet, with each value as often as others if it can be, and the rest for `--thorough`."""
+
+    def values(cell):
+        return [axis[i] for axis, i in zip(axes, cell, strict=True)]
+
+    grid = itertools.product(*(range(len(axis)) for axis in axes))
+    grid = [cell for cell in grid if possible(*values(cell))]
 
     def meetings(cell):
         return set(itertools.combinations(enumerate(cell), strength))
 
-    missing, kept = set().union(*map(meetings, grid)), set()
+    def gain(cell):
+        return len(meetings(cell) & missing), -sum(used[value] for value in enumerate(cell))
+
+    missing, kept, used = set().union(*map(meetings, grid)), set(), collections.Counter()
     while missing:
-        best = max(grid, key=lambda cell: len(meetings(cell) & missing))
+        best = max(grid, key=gain)
         kept.add(best)
         missing -= meetings(best)
-
-    def param(cell):
-        values = (axis[i] for axis, i in zip(axes, cell, strict=True))
-        return pytest.param(*values, marks=() if cell in kept else pytest.mark.thorough)
-
-    return [param(cell) for cell in grid]
+        used.update(enumerate(best))
+    return [
+        pytest.param(*values(cell), marks=() if cell in kept else pytest.mark.thorough)
+        for cell in grid
+    ]
 
 
 @contextlib.contextmanager
