@@ -435,10 +435,10 @@ def mesh_axes(name: str, x: Any) -> tuple[str, ...]:
 
 
 def split_over(name: str, x: Array, axis_name: AxisName) -> None:
-    for axis in _axis.whole_over(axis_name, x):
+    if whole := _axis.whole_over(axis_name, x):
         raise ValueError(
-            f"{name} must be split over the mesh axis {axis!r} of axis_name, got the same on all its "
-            "devices"
+            f"{name} must be split over the mesh axis {whole[0]!r} of axis_name, got the same on all "
+            "its devices"
         )
 
 

@@ -180,30 +180,27 @@ def _rule_jvp(kind, has_entropy, primals, dots):
     of_rows = jax.tree.map(functools.partial(checkpoint_name, name=_OF_ROWS), residuals[2:])
     residuals = Residuals(*residuals[:2], *of_rows)
 
-    def tangents(residuals, moving):
-        rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
-        zero = jnp.zeros_like(one)
-        z_dot = None
-        if 0 in moving:
-            z_dot = _rows.tangent_of(Rows.values, (rows,), {0: moving[0]})
-
-        def along(g):
-            total, factors = rows.expand(zero), _factors(residuals, g)
-            if z_dot is not None:
-                of_values = kind.of_values(residuals, factors)
-                total += _rows.sum_classes(rows, of_values * z_dot)
-            of_targets = kind.along(residuals, factors.g_loss, moving) if 1 in moving else None
-            if of_targets is not None:
-                total += of_targets
-            return total.squeeze(rows.axes)
-
-        each = [along((one, zero, None)), along((zero, one, None))]
-        if has_entropy:
-            each.append(along((zero, zero, one)))
-        return _axis.total(rows.axis_name, jnp.stack(each))
-
     # Leave out arguments that are not differentiated: infinity times their tangent, 0, is NaN.
-    moved = [*tangents(residuals, _rows.moving(primals[:2], dots[:2])), None][:3]
+    moving = _rows.moving(primals[:2], dots[:2])
+    rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
+    zero, z_dot = jnp.zeros_like(one), None
+    if 0 in moving:
+        z_dot = _rows.tangent_of(Rows.values, (rows,), {0: moving[0]})
+
+    def along(g):
+        total, factors = rows.expand(zero), _factors(residuals, g)
+        if z_dot is not None:
+            of_values = kind.of_values(residuals, factors)
+            total += _rows.sum_classes(rows, of_values * z_dot)
+        of_targets = kind.along(residuals, factors.g_loss, moving) if 1 in moving else None
+        if of_targets is not None:
+            total += of_targets
+        return total.squeeze(rows.axes)
+
+    each = [along((one, zero, None)), along((zero, one, None))]
+    if has_entropy:
+        each.append(along((zero, zero, one)))
+    moved = [*_axis.total(rows.axis_name, jnp.stack(each)), None][:3]
     constants = jax.tree.map(jnp.zeros_like, out[3:])
     return out, Out(*moved, *constants)
 

@@ -481,7 +481,8 @@ def test_classes_that_are_not_split_over_axis_name_are_named(kind):
     def mapped(loss):
         return lambda x: jax.vmap(loss)(x[None])[0]
 
-    def computed(loss):  # of what does not vary, something that does
+    def computed(loss):
+        """Makes an array that varies over "model" of one that does not."""
         return lambda x: loss(x * jax.lax.axis_index("model").astype(x.dtype))
 
     split, both = P(None, "model"), ("data", "model")

@@ -361,7 +361,8 @@ for folder in sys.argv[1:]:
 
 
 def test_the_persistent_cache_gives_the_same(tmp_path):
-    """When it is written, when it is read, and where it cannot be, of which JAX warns."""
+    """The bits are the same when JAX writes the cache, when it reads it, and when it warns that it
+    cannot write it."""
     (tmp_path / "a file").touch()
     cache = tmp_path / "cache"
 

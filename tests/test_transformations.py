@@ -313,8 +313,8 @@ def test_shard_map_over_the_batch(name, num_classes):
 
 
 def test_vmap_over_an_axis_of_the_mesh():
-    """`jax.vmap` around `jax.shard_map`, of which each device has its part: a head for each of two
-    models."""
+    """Two models' heads by `jax.vmap` around `jax.shard_map`; the axis "models" splits the models over
+    devices."""
     mesh = jax.make_mesh((2, 2, 2), ("models", "data", "model"), axis_types=(AxisType.Auto,) * 3)
     hidden = jnp.asarray(rng(52).normal(size=(2, N, 3)), jnp.float32)
     kernel = jnp.asarray(rng(53).normal(size=(3, V)), jnp.float32)
