@@ -41,11 +41,6 @@ DENSE = softmax_cross_entropy
 BOTH = {"integer": INTEGER, "dense": DENSE}
 
 
-# Most of the time of many small programs is LLVM's; what it optimizes does not matter to most checks.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick = functools.partial(jax.jit, compiler_options=QUICK)
-
-
 def covering(*axes, strength=2, possible=lambda *values: True):
     """The possible cells of a grid as parameters: a few where every `strength` values of different axes
     meet, with each value as often as others if it can be, and the rest for `--thorough`."""
@@ -161,7 +156,7 @@ def reference_derivatives(kind, arguments, cotangent, **static):
             k: jnp.asarray(wide(v)) if jnp.issubdtype(v.dtype, jnp.floating) else v
             for k, v in arguments.items()
         }
-        run = quick(functools.partial(derivatives, functools.partial(fn, **static)))
+        run = jax.jit(functools.partial(derivatives, functools.partial(fn, **static)))
         return run(arguments, cotangent)
 
 

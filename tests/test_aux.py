@@ -15,7 +15,6 @@ from support import (
     assert_close_to_largest,
     cotangents,
     lax_rules,
-    quick,
     rng,
     wide,
 )
@@ -64,7 +63,7 @@ def test_the_log_normalizer_is_differentiated_exactly(kind, option, forward_mode
     def together(logits):
         return jnp.sum(g * loss(logits, z_loss=0.3))
 
-    got, want = (quick(jax.value_and_grad(f))(jnp.asarray(LOGITS)) for f in (apart, together))
+    got, want = (jax.jit(jax.value_and_grad(f))(jnp.asarray(LOGITS)) for f in (apart, together))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=TOLERANCE["float64"], atol=TOLERANCE["float64"])
 
@@ -131,7 +130,7 @@ def test_the_entropy_of_a_head_is_differentiated_by_all_that_it_depends_on(reduc
         loss = jnp.sum(losses * g) if reduction == "none" else 2 * losses.sum() / weights.sum()
         return loss + jnp.sum(jnp.where(weights > 0, g * entropy, 0))
 
-    got, want = (quick(jax.value_and_grad(f))(arguments) for f in (ours, naive))
+    got, want = (jax.jit(jax.value_and_grad(f))(arguments) for f in (ours, naive))
     assert_close_to_largest(got, want, rtol=1e-12)
 
 
@@ -150,7 +149,7 @@ def test_the_second_derivative_of_the_entropy(kind, forward_mode, x64):
         return jnp.sum(jnp.square(jnp.sum(jnp.exp(log_o) * log_o, axis=-1)))
 
     got, want = (
-        quick(jax.grad(lambda z, f=f: jnp.sum(v * jax.grad(f)(z))))(logits) for f in (ours, naive)
+        jax.jit(jax.grad(lambda z, f=f: jnp.sum(v * jax.grad(f)(z))))(logits) for f in (ours, naive)
     )
     assert_close_to_largest(got, want, rtol=1e-12)
 
@@ -228,7 +227,7 @@ def test_split_over_devices(kind, axis_type):
     given = jax.device_put(labels, of_labels if kind == "integer" else of_logits)
     want = BOTH[kind](logits, labels, return_aux=True)
     if axis_type == AxisType.Auto:
-        plain = quick(functools.partial(BOTH[kind], return_aux=True))(placed, given)
+        plain = jax.jit(functools.partial(BOTH[kind], return_aux=True))(placed, given)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), plain, want)
     got = shard(BOTH[kind], mesh, batch="data", classes="model")(placed, given, return_aux=True)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6), got, want)
@@ -238,7 +237,7 @@ def test_split_over_devices(kind, axis_type):
         return loss + jnp.sum(aux.log_normalizer) + jnp.sum(jnp.square(aux.entropy))
 
     sharded = shard(BOTH[kind], mesh, batch="data", classes="model")
-    got = quick(jax.grad(functools.partial(total, sharded)))(placed, given)
+    got = jax.jit(jax.grad(functools.partial(total, sharded)))(placed, given)
     want = jax.grad(functools.partial(total, BOTH[kind]))(logits, labels)
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, DENSE, INTEGER, TOLERANCE, exact_loss, one_hot, quick, rng
+from support import BOTH, DENSE, INTEGER, TOLERANCE, exact_loss, one_hot, rng
 
 from jax_sce import Sparse, Teacher, linear_softmax_cross_entropy as HEAD
 
@@ -127,7 +127,7 @@ def test_sparse_values_may_have_another_dtype_than_the_rest():
     logits, ids = LOGITS.astype(np.float32), LABELS[:, None]
     options = {"label_smoothing": np.float16(0.5), "class_weights": np.ones(6, np.float16)}
 
-    @quick
+    @jax.jit
     def both(narrow):
         def loss(values):
             return jnp.sum(DENSE(logits, Sparse(ids, values), **options))
@@ -201,13 +201,13 @@ def test_labels_of_any_integer_type_name_their_class(num_classes, x64):
     logits = rng(31).normal(size=(3, num_classes)).astype(np.float32)
     highest = [min(num_classes - 1, np.iinfo(kind).max) for kind in INTEGERS]
     labels = [np.array([0, i, i // 2], kind) for i, kind in zip(highest, INTEGERS, strict=True)]
-    each, smoothed = quick(
+    each, smoothed = jax.jit(
         lambda z: [[INTEGER(z, y, label_smoothing=e) for y in labels] for e in (0, 0.1)]
     )(logits)
     for y, got in zip(labels, each, strict=True):
         want = exact_loss(logits, y.astype(np.int64))
         np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"])
-    wide = quick(lambda z: [INTEGER(z, y.astype(np.int64), label_smoothing=0.1) for y in labels])(
+    wide = jax.jit(lambda z: [INTEGER(z, y.astype(np.int64), label_smoothing=0.1) for y in labels])(
         logits
     )
     np.testing.assert_array_equal(smoothed, wide)  # by the other rule
@@ -219,7 +219,7 @@ def test_labels_at_both_ends_of_every_integer_type():
     for kind in INTEGERS:
         ends = np.array([np.iinfo(kind).min, np.iinfo(kind).max], kind)
         cases += [(ends, ignored) for ignored in (None, *ends, int(ends[0]), int(ends[1]))]
-    losses = quick(lambda z: [INTEGER(z, y, ignore_index=i) for y, i in cases])(logits)
+    losses = jax.jit(lambda z: [INTEGER(z, y, ignore_index=i) for y, i in cases])(logits)
     first = exact_loss(logits[:1], [0])[0]
     for (ends, ignored), got in zip(cases, losses, strict=True):
         want = np.array([first if ends[0] == 0 else np.nan, np.nan])
@@ -339,7 +339,7 @@ def test_an_ignore_index_that_labels_cannot_hold_ignores_nothing(labels_type, ig
 
 
 def test_labels_in_a_list_may_be_traced():
-    for losses in quick(lambda label: integer_and_head([label, 2]))(3):
+    for losses in jax.jit(lambda label: integer_and_head([label, 2]))(3):
         assert np.all(np.isfinite(losses))
 
 

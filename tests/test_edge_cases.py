@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, DENSE, INTEGER, TOLERANCE, cotangents, covering, one_hot, quick, rng
+from support import BOTH, DENSE, INTEGER, TOLERANCE, cotangents, covering, one_hot, rng
 
 N, V = 8, 5
 NAN, INF = np.nan, np.inf
@@ -67,7 +67,7 @@ def runner(kind, options, mode, ignore_index=None):
             results[reduction] = value, pull(jnp.asarray(g, value.dtype))[0]
         return results
 
-    return run if mode == "eager" else quick(run)
+    return run if mode == "eager" else jax.jit(run)
 
 
 KINDS_OPTIONS_MODES = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec
-from support import INTEGER, quick
+from support import INTEGER
 
 from jax_sce import linear_softmax_cross_entropy, native
 
@@ -19,7 +19,7 @@ LOGITS, HIDDEN, KERNEL = jnp.ones((N, V)), jnp.ones((N, D)), jnp.ones((D, V))
 
 
 def said(fn, *args, errors=checkify.user_checks):
-    error, _ = quick(checkify.checkify(fn, errors=errors))(*args)
+    error, _ = jax.jit(checkify.checkify(fn, errors=errors))(*args)
     return error.get()
 
 

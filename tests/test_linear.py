@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from support import (
-    QUICK,
     TOLERANCE,
     cotangents,
     covering,
     derivatives,
     lax_rules,
     one_hot,
-    quick,
     rng,
     wide,
 )
@@ -73,7 +71,7 @@ def arrays(n, d, v, dtype=np.float64, kind="integer", seed=0, **more):
 def both(arguments, cotangent, reduction="none", chunk_size=None, **static):
     """Value and cotangents, ours and the naive head's, of one compilation."""
 
-    @quick
+    @jax.jit
     def run(arguments):
         ours = functools.partial(head, reduction=reduction, chunk_size=chunk_size, **static)
         want = derivatives(
@@ -87,7 +85,7 @@ def both(arguments, cotangent, reduction="none", chunk_size=None, **static):
 @functools.lru_cache
 def specified(**static):
     """Compiled: arguments and cotangent to the naive head's value and cotangents."""
-    return quick(functools.partial(derivatives, functools.partial(naive, **static)))
+    return jax.jit(functools.partial(derivatives, functools.partial(naive, **static)))
 
 
 def assert_close(got, want, rtol=EXACT):
@@ -142,7 +140,7 @@ def test_float32_is_as_exact_as_float32(v, reduction):
     g = cotangent_for(reduction, n)
 
     ours = functools.partial(head, reduction=reduction, chunk_size=48)
-    got = quick(functools.partial(derivatives, ours))(arguments, g)
+    got = jax.jit(functools.partial(derivatives, ours))(arguments, g)
     want = in_float64(arguments, g, reduction)
     assert_close(got, want, rtol=2e-5)
     np.testing.assert_allclose(got[0], want[0], rtol=2e-6)  # a loss does not cancel
@@ -311,7 +309,7 @@ def test_both_outputs_are_differentiated(reduction, kind, x64):
         loss = naive(**floats, **rest, reduction=reduction, softcap=2.0)
         return loss, jnp.where(floats["weights"] != 0, normalizer, 0)
 
-    @quick
+    @jax.jit
     def run(floats, g):
         return tuple((y := jax.vjp(fn, floats))[0] + y[1](g) for fn in (ours, want))
 
@@ -331,7 +329,7 @@ def test_predictions_go_to_the_lowest_of_ties_and_zero_and_minus_one_to_who_does
     want = np.array([1, 0, -1, 0, -1, 0])
     counts = want >= 0
     static = {"ignore_index": IGNORED, "return_aux": True, "chunk_size": 4}
-    _, aux = quick(functools.partial(head, **static))(hidden, kernel, labels, weights=weights)
+    _, aux = jax.jit(functools.partial(head, **static))(hidden, kernel, labels, weights=weights)
     assert isinstance(aux, CrossEntropyAux)
     assert (aux.log_normalizer.dtype, aux.prediction.dtype) == (jnp.float32, jnp.int32)
     np.testing.assert_array_equal(aux.prediction, want)
@@ -354,7 +352,7 @@ def test_gradients_are_scaled_and_added_to_others(x64):
 
     ours = functools.partial(total, functools.partial(head, chunk_size=3))
 
-    @quick
+    @jax.jit
     def run(*at):
         return (
             jax.grad(ours, (0, 1))(*at),
@@ -382,10 +380,10 @@ def test_a_wide_kernel_is_rounded_for_the_products_and_its_gradient_is_not(reduc
     given = {k: x.astype(MIXED.get(k, x.dtype)) for k, x in given.items()}
     loss = functools.partial(head, reduction=reduction, chunk_size=8, forward_mode=forward_mode)
     g = cotangent_for(reduction, n)
-    mixed = quick(functools.partial(derivatives, functools.partial(loss, dtype=jnp.bfloat16)))
+    mixed = jax.jit(functools.partial(derivatives, functools.partial(loss, dtype=jnp.bfloat16)))
     value, got = mixed(given, g)
     narrow = given | {"kernel": given["kernel"].astype(jnp.bfloat16)}
-    same, rounded = quick(functools.partial(derivatives, loss))(narrow, g)
+    same, rounded = jax.jit(functools.partial(derivatives, loss))(narrow, g)
     np.testing.assert_array_equal(value, same)
     assert {k: x.dtype for k, x in got.items()} == {k: given[k].dtype for k in got}
     assert np.any(wide(got["kernel"]) != wide(got["kernel"].astype(jnp.bfloat16)))
@@ -435,7 +433,7 @@ SPOILED = np.array([[NAN] * D, [0, INF, 1], [-INF] * D, [INF, -INF, NAN]])
 def runner(differentiated=("hidden", "kernel", "bias"), **static):
     """A compiled function of arrays to (losses, gradients) and (mean, gradients)."""
 
-    @quick
+    @jax.jit
     def run(arguments):
         moving = {k: x for k, x in arguments.items() if k in differentiated}
         rest = {k: x for k, x in arguments.items() if k not in moving}
@@ -567,7 +565,7 @@ def test_three_quarters_ignored_are_as_if_they_were_not_there(x64):
             outputs.append((value, of_head, of_hidden, aux))
         return outputs
 
-    @quick
+    @jax.jit
     def run(live):
         """Ours with NaN in the others, and the naive head on the live ones, moved to the front."""
         labels = jnp.where(live, arguments["labels"], IGNORED)
@@ -625,7 +623,7 @@ def test_places_of_a_chunk_behind_the_last_example_add_nothing(x64):
         rest = {k: arguments[k] for k in ("labels", "bias")} | {"weights": weights}
         return jax.grad(lambda moving: loss(**moving, **rest, reduction="sum", **static))(moving)
 
-    got, want = quick(lambda: (gradients(head, chunk_size=11), gradients(naive)))()
+    got, want = jax.jit(lambda: (gradients(head, chunk_size=11), gradients(naive)))()
     assert_close(got, want)
 
 
@@ -635,7 +633,9 @@ def test_places_of_a_chunk_behind_the_last_example_add_nothing(x64):
 def test_tokamax_no_padding_counts_as_a_class():
     """V = 2049 is one more than a power of two: with all logits 0 the loss is log V."""
     args = jnp.zeros((3, 2)), jnp.zeros((2, 2049)), np.array([0, 1, 2048])
-    np.testing.assert_allclose(quick(head)(*args), np.full(3, np.log(2049)), rtol=TOLERANCE["loss"])
+    np.testing.assert_allclose(
+        jax.jit(head)(*args), np.full(3, np.log(2049)), rtol=TOLERANCE["loss"]
+    )
 
 
 # MaxText, t5x: the cotangent of the second output, targets whose sums are not one, a hidden state's
@@ -653,7 +653,7 @@ def test_levanter_chunks_of_more_than_half_count_once_and_a_soft_cap_has_its_der
 
 def test_ejkernel_the_sum_of_weights_is_not_rounded_to_16_bits():
     n, dtype = 4097, jnp.bfloat16
-    loss = quick(functools.partial(head, reduction="mean"))(
+    loss = jax.jit(functools.partial(head, reduction="mean"))(
         jnp.ones((n, 1), dtype),
         jnp.zeros((1, 2), dtype),
         jnp.zeros(n, jnp.int32),
@@ -671,7 +671,7 @@ def test_the_head_gradient_is_not_summed_in_16_bits(forward_mode):
                     class_weights=class_weights, chunk_size=1, forward_mode=forward_mode)  # fmt: skip
 
     zeros, ones = jnp.zeros(2, dtype), jnp.ones(2, dtype)
-    gradients = quick(jax.grad(loss, argnums=(0, 1, 2)))(zeros[None], zeros, ones)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(zeros[None], zeros, ones)
     for got, want in zip(
         gradients, ([[-n / 2, n / 2]], [-n / 2, n / 2], [n * np.log(2), 0]), strict=True
     ):
@@ -681,7 +681,7 @@ def test_the_head_gradient_is_not_summed_in_16_bits(forward_mode):
 def test_liger_kernel_the_inputs_are_not_written_over():
     arguments = arrays(N, D, V, np.float32)
     before = {k: np.array(x) for k, x in arguments.items()}
-    run = quick(functools.partial(derivatives, head))
+    run = jax.jit(functools.partial(derivatives, head))
     once, twice = (run(arguments, jnp.ones(N)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, once, twice)
     jax.tree.map(np.testing.assert_array_equal, before, arguments)
@@ -689,7 +689,7 @@ def test_liger_kernel_the_inputs_are_not_written_over():
 
 def test_optax_a_label_of_minus_one_is_not_the_last_class():
     arguments = arrays(4, D, V, np.float32) | {"labels": np.array([-1, 0, V, V - 1])}
-    np.testing.assert_array_equal(np.isnan(quick(head)(**arguments)), [True, False, True, False])
+    np.testing.assert_array_equal(np.isnan(jax.jit(head)(**arguments)), [True, False, True, False])
 
 
 @pytest.mark.parametrize("kernel", ["float16", "float32"])
@@ -703,7 +703,7 @@ def test_float16_gradients_keep_the_range_that_the_scale_of_the_loss_gives(reduc
     arguments = arrays(n, 8, v, np.float16, bias=bias)
     arguments |= {"labels": np.zeros(n, np.int32), "kernel": arguments["kernel"].astype(kernel)}
     fn = functools.partial(head, reduction=reduction, dtype=jnp.float16)
-    run = quick(functools.partial(derivatives, fn))
+    run = jax.jit(functools.partial(derivatives, fn))
     for scale, weight in ((2.0**15, 1.0), (2.0**-30, 2.0**45)):
         arguments["weights"] = np.full(n, weight, np.float32)
         g = scale * np.ones(n if reduction == "none" else (), np.float32)
@@ -717,7 +717,7 @@ def test_float16_gradients_keep_the_range_that_the_scale_of_the_loss_gives(reduc
 
 def test_optax_the_loss_of_bfloat16_is_not_quantized():
     arguments = arrays(N, D, V, jnp.bfloat16)
-    loss = quick(head)(**arguments)
+    loss = jax.jit(head)(**arguments)
     exact = {k: wide(x) for k, x in arguments.items()}
     logits = exact["hidden"] @ exact["kernel"] + exact["bias"]
     want = np.log(np.sum(np.exp(logits), -1)) - logits[np.arange(N), arguments["labels"]]
@@ -730,7 +730,7 @@ def test_optax_a_class_of_minus_infinity_without_a_target_is_absent():
     labels = jnp.asarray(one_hot(np.arange(N) % (V - 1), V))
     arguments |= {"bias": arguments["bias"].at[V - 1].set(-INF), "labels": labels}
     (value, gradients), less = (
-        quick(functools.partial(derivatives, functools.partial(head, reduction="sum")))(x, 1.0)
+        jax.jit(functools.partial(derivatives, functools.partial(head, reduction="sum")))(x, 1.0)
         for x in (
             arguments,
             arguments | {k: arguments[k][..., :-1] for k in ("kernel", "bias", "labels")},
@@ -743,7 +743,7 @@ def test_optax_a_class_of_minus_infinity_without_a_target_is_absent():
 
 def test_jax_cce_minus_100_and_labels_beyond_the_classes_are_loud():
     arguments = arrays(4, D, V, np.float32) | {"labels": np.array([-100, V + 99, 0, 2**31 - 1])}
-    np.testing.assert_array_equal(np.isnan(quick(head)(**arguments)), [True, True, False, True])
+    np.testing.assert_array_equal(np.isnan(jax.jit(head)(**arguments)), [True, True, False, True])
 
 
 def test_jax_cce_the_kernel_is_not_copied_in_float32():
@@ -775,7 +775,7 @@ def test_vmap_over_heads(x64):
 
         return jax.vmap(jax.value_and_grad(mean))(kernels)
 
-    got, want = quick(lambda: (of(functools.partial(head, chunk_size=3)), of(naive)))()
+    got, want = jax.jit(lambda: (of(functools.partial(head, chunk_size=3)), of(naive)))()
     assert_close(got, want)
 
 
@@ -792,7 +792,7 @@ def test_checkpoint_in_scan(reduction, x64):
 
         return jax.lax.scan(step, jnp.zeros(()), (hidden, arguments["labels"]))[0]
 
-    @quick
+    @jax.jit
     def run(*at):
         ours = functools.partial(head, chunk_size=3)
         return [
@@ -824,7 +824,7 @@ def test_one_trace_is_differentiated_by_one_argument_and_by_another(reduction, x
         return [jax.grad(fn, argnums)(*at) for fn in (total, in_scan) for argnums in every]
 
     ours = functools.partial(head, chunk_size=3)
-    assert_close(*quick(lambda: (gradients(ours), gradients(naive)))())
+    assert_close(*jax.jit(lambda: (gradients(ours), gradients(naive)))())
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -854,7 +854,7 @@ def test_second_derivatives(reduction, x64):
             found.append(jax.grad(along)(floats))
         return found
 
-    @quick
+    @jax.jit
     def run(floats):
         ours = functools.partial(head, chunk_size=3)
         forward = functools.partial(head, chunk_size=3, forward_mode=True)
@@ -874,7 +874,7 @@ def test_forward_mode(x64):
     labels = arguments.pop("labels")
     direction = {k: jnp.asarray(rng(72).normal(size=x.shape)) for k, x in arguments.items()}
 
-    @quick
+    @jax.jit
     def run(floats):
         results = []
         for fn in (functools.partial(head, forward_mode=True, chunk_size=3), naive):
@@ -898,8 +898,8 @@ def test_donated_arguments(x64):
     arguments = arrays(N, D, V, bias=None)
     fn = jax.value_and_grad(functools.partial(head, reduction="mean"), (0, 1))
     at = arguments["hidden"], arguments["kernel"]
-    want = quick(fn)(*at, arguments["labels"])
-    assert_close(quick(fn, donate_argnums=(0, 1))(*at, arguments["labels"]), want)
+    want = jax.jit(fn)(*at, arguments["labels"])
+    assert_close(jax.jit(fn, donate_argnums=(0, 1))(*at, arguments["labels"]), want)
 
 
 def test_export_lowers_for_every_platform():
@@ -928,7 +928,7 @@ def compiled_gradient(fn, n, dtype, reduction="mean", argnums=(0, 1)):
     g = jax.ShapeDtypeStruct((n,) if reduction == "none" else (), jnp.float32)
     at = jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct((d, v), dtype)
     gradient = jax.jit(jax.value_and_grad(total, argnums))
-    return gradient.lower(*at, jax.ShapeDtypeStruct((n,), jnp.int32), g).compile(QUICK)
+    return gradient.lower(*at, jax.ShapeDtypeStruct((n,), jnp.int32), g).compile()
 
 
 def temporary(*args, **kwargs):
@@ -1135,7 +1135,7 @@ def test_examples_that_do_not_count_are_left_out_of_the_work(why, differentiated
     arguments = arrays(64, D, V, np.float32, bias=None)
     loss = functools.partial(head, chunk_size=16, ignore_index=IGNORED, reduction="mean")
 
-    @quick
+    @jax.jit
     def run(hidden, kernel, rest):
         fn = functools.partial(loss, **rest)
         return (
@@ -1256,12 +1256,12 @@ def test_examples_that_are_split_over_devices_stay_where_they_are(reduction):
         return jnp.sum(losses * (weights if reduction == "none" else 1.0))
 
     at = arguments["hidden"], arguments["kernel"], labels, weights
-    want = quick(jax.value_and_grad(functools.partial(total, naive), (0, 1)))(*at)
+    want = jax.jit(jax.value_and_grad(functools.partial(total, naive), (0, 1)))(*at)
     placed = [jax.device_put(x, s) for x, s in zip(at, (split, whole, split, split), strict=True)]
     ours = jax.value_and_grad(
         functools.partial(total, functools.partial(head, chunk_size=16)), (0, 1)
     )
-    fn = quick(ours, out_shardings=(whole, (split, whole)))
+    fn = jax.jit(ours, out_shardings=(whole, (split, whole)))
     compiled = fn.lower(*placed).compile()
     lines = compiled.as_text().splitlines()
     moved = [x for x in lines if re.search(r"= .*\b(all-gather|all-to-all|collective-permute)", x)]
@@ -1283,7 +1283,7 @@ def test_inside_shard_map_over_the_batch():
         loss, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P("data")
     )
 
-    @quick
+    @jax.jit
     def run(hidden, kernel):
         results = []
         for fn in (split, functools.partial(naive, ignore_index=IGNORED)):
@@ -1318,7 +1318,7 @@ def test_on_a_mesh_with_explicit_axes(specs, reduction, is_set):
             loss_of = functools.partial(loss, reduction=reduction)
             return loss_of(hidden, kernel, labels)
 
-        return quick(losses), quick(jax.grad(lambda *at: jnp.sum(losses(*at)), argnums=(0, 1)))
+        return jax.jit(losses), jax.jit(jax.grad(lambda *at: jnp.sum(losses(*at)), argnums=(0, 1)))
 
     want = [fn(*at) for fn in of(naive, arguments["labels"])]
     with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():

@@ -16,7 +16,6 @@ from support import (
     assert_close_to_largest as assert_close,
     cotangents,
     covering,
-    quick,
     rng,
 )
 
@@ -90,7 +89,7 @@ def derivatives(loss, floats, rest, **static):
         g = cotangents(out.shape).astype(np.float32) if out.ndim else 1
         return jnp.sum(out * g), out
 
-    (_, out), gradients = quick(jax.value_and_grad(total, has_aux=True))(floats)
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(floats)
     return out, gradients
 
 
@@ -424,7 +423,7 @@ def test_second_derivatives(by, check_vma):
 
             return jnp.vdot(jax.grad(total)(x), direction)
 
-        return quick(jax.grad(slope))(floats[name])
+        return jax.jit(jax.grad(slope))(floats[name])
 
     want = second(functools.partial(FUNCTIONS[kind], **rest))
     assert_close(second(inside(FUNCTIONS[kind], floats, rest, check_vma)), want)

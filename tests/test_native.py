@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
-from support import one_hot, quick, targets_of
+from support import one_hot, targets_of
 
 from jax_sce import (
     _cpu,
@@ -50,7 +50,7 @@ def compiled(functions, calls):
     def results(args):
         return [jax.tree.leaves(functions[name](*x)) for name, x in zip(names, args, strict=True)]
 
-    return functools.partial(quick(results).lower(args).compile(), args)
+    return functools.partial(jax.jit(results).lower(args).compile(), args)
 
 
 def run_plain(*calls):
@@ -300,7 +300,7 @@ def test_a_cotangent_of_0_hides_no_nan():
     def gradients(z, g):
         return {kind: jax.vjp(loss, z)[1](g)[0] for kind, loss in losses.items()}
 
-    for kind, got in quick(gradients)(z, zero).items():
+    for kind, got in jax.jit(gradients)(z, zero).items():
         want = np.zeros((3, 5))
         if kind != "weighted":
             want[1:] = np.nan
@@ -311,7 +311,7 @@ def test_a_cotangent_of_0_hides_no_nan():
 @pytest.mark.parametrize("num_classes", [7, 300, 5000])
 def test_a_row_does_not_hang_on_the_others(num_classes):
     z, labels, *_ = problem(100, num_classes, np.float32, "none")
-    grad = quick(jax.grad(lambda z, y: jnp.sum(integer_loss(z, y, weights=y >= 0))))
+    grad = jax.jit(jax.grad(lambda z, y: jnp.sum(integer_loss(z, y, weights=y >= 0))))
     part = slice(32, 64)
     np.testing.assert_array_equal(grad(z, labels)[part], grad(z[part], labels[part]))
 
@@ -354,7 +354,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def compiled_text(fn, *args):
-    return quick(fn).lower(*args).compile().as_text()
+    return jax.jit(fn).lower(*args).compile().as_text()
 
 
 @needs_kernels
@@ -362,7 +362,7 @@ def compiled_text(fn, *args):
 def test_a_gradient_is_two_calls_and_writes_nothing_of_the_logits_size(dtype):
     z, ids = (jax.ShapeDtypeStruct(*x) for x in (((64, 4096), dtype), ((64,), np.int32)))
     for loss, labels in ((integer_loss, ids), (softmax_cross_entropy, z)):
-        step = quick(
+        step = jax.jit(
             jax.grad(lambda z, y, loss=loss: loss(z, y, reduction="mean")), donate_argnums=0
         )
         compiled = step.lower(z, labels).compile()
@@ -378,7 +378,7 @@ def test_logits_that_were_reshaped_are_not_copied():
     def loss(z):
         return integer_loss(z.reshape(8, 8, 4096), y, reduction="mean")
 
-    compiled = quick(jax.grad(loss), donate_argnums=0).lower(z).compile()
+    compiled = jax.jit(jax.grad(loss), donate_argnums=0).lower(z).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < z.nbytes / 50
 
 
@@ -394,7 +394,7 @@ def test_what_they_do_not_compute_is_left_to_xla():
 @needs_kernels
 def test_an_exported_program_does_without_them():
     z, y = np.zeros((4, 300), np.float32), np.zeros(4, np.int32)
-    program = quick(jax.grad(lambda z: integer_loss(z, y, reduction="mean")))
+    program = jax.jit(jax.grad(lambda z: integer_loss(z, y, reduction="mean")))
     for platforms in (["cpu"], ["cpu", "cuda", "tpu"]):
         exported = export.export(program, platforms=platforms)(z)
         assert "jax_sce." not in exported.mlir_module()
@@ -434,7 +434,7 @@ def test_vmap_over_anything():
         ]
         moved = [x.swapaxes(0, 1) if axis == 1 else x for x, axis in zip(args, axes, strict=True)]
         calls.append((axes, moved, want))
-    mapped = quick(
+    mapped = jax.jit(
         lambda all_args: [jax.vmap(one, a)(*x) for a, x in zip(all_axes, all_args, strict=True)]
     )
     for got, (axes, _, want) in zip(mapped([x for _, x, _ in calls]), calls, strict=True):
@@ -468,7 +468,7 @@ def test_second_derivatives_and_forward_mode(kind):
         return -jnp.sum(hot * jax.nn.log_softmax(hidden @ z))
 
     with jax.enable_x64(True):
-        want = quick(jax.hessian(reference))(z)
+        want = jax.jit(jax.hessian(reference))(z)
     z, hidden, y = (np.asarray(x, np.float32) for x in (z, hidden, y))
     forward = functools.partial(loss, forward_mode=True)
     orders = (
@@ -477,7 +477,7 @@ def test_second_derivatives_and_forward_mode(kind):
         jax.jacrev(jax.jacfwd(forward)),
         jax.hessian(forward),
     )
-    for got in quick(lambda z: [order(z) for order in orders])(z):
+    for got in jax.jit(lambda z: [order(z) for order in orders])(z):
         np.testing.assert_allclose(got, want, rtol=0, atol=4 * 80 * U)
 
 
@@ -505,7 +505,7 @@ def test_plain_jit_splits_them_and_gathers_nothing(spec, kind):
         }[kind]
         return integer_loss(z, jnp.where(y % 5 == 0, 1, y), reduction="mean", **options)
 
-    step = quick(jax.value_and_grad(loss))
+    step = jax.jit(jax.value_and_grad(loss))
     placed = (
         jax.device_put(z, NamedSharding(mesh, spec)),
         jax.device_put(y, NamedSharding(mesh, P(*spec[:2]))),
@@ -553,11 +553,14 @@ def test_plain_jit_splits_what_was_split_otherwise(kind, z_spec, y_spec, out_spe
     def put(x, spec):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    step = quick(
+    step = jax.jit(
         jax.value_and_grad(loss),
         out_shardings=(NamedSharding(mesh, P()), NamedSharding(mesh, out_spec)),
     )
-    got, want = step(put(z, z_spec), put(other, y_spec)), quick(jax.value_and_grad(loss))(z, other)
+    got, want = (
+        step(put(z, z_spec), put(other, y_spec)),
+        jax.jit(jax.value_and_grad(loss))(z, other),
+    )
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-8)
 
@@ -571,11 +574,11 @@ def test_inside_shard_map_each_device_calls_them():
         return jax.grad(lambda z: jnp.sum(integer_loss(z, y)))(z)
 
     spec = P(("data", "model"))
-    split = quick(jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec))
+    split = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec))
     placed = jax.device_put((z, y), NamedSharding(mesh, spec))
     compiled = split.lower(*placed).compile()
     assert compiled.as_text().count('custom_call_target="jax_sce') == 2
-    np.testing.assert_array_equal(compiled(*placed), quick(gradient)(z, y))
+    np.testing.assert_array_equal(compiled(*placed), jax.jit(gradient)(z, y))
 
 
 # -- what there is to tell ----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from support import (
     cotangents,
     derivatives,
     one_hot,
-    quick,
     reference_derivatives,
     rng,
     sparse,
@@ -119,7 +118,7 @@ def test_options_agree_with_the_naive_formula(kind, options, x64):
     arguments, static = arguments_of(kind, options)
     cotangent, want = expected(kind, arguments, static)
     ours = functools.partial(derivatives, functools.partial(KINDS[kind], **static))
-    assert_trees_close(quick(ours)(arguments, cotangent), want)
+    assert_trees_close(jax.jit(ours)(arguments, cotangent), want)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_options_agree_in_the_forward_mode_rule(kind, options, x64):
     rest = {k: v for k, v in arguments.items() if k not in floats}
     direction = {k: rng(12).normal(size=v.shape) for k, v in floats.items()}
 
-    @quick
+    @jax.jit
     def both_modes(floats, rest, direction):
         _, tangent = jax.jvp(lambda floats: fn(**floats, **rest), (floats,), (direction,))
         return derivatives(fn, floats | rest, cotangent), tangent

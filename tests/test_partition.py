@@ -16,7 +16,6 @@ from support import (
     assert_close_to_largest as assert_close,
     cotangents,
     covering,
-    quick,
     rng,
 )
 
@@ -75,7 +74,7 @@ def derivatives(loss, floats, labels, **static):
 
 
 def compiled(fn, *args, out_shardings=None):
-    return quick(fn, out_shardings=out_shardings).lower(*args).compile()
+    return jax.jit(fn, out_shardings=out_shardings).lower(*args).compile()
 
 
 def in_loops(program):
@@ -87,7 +86,7 @@ def in_loops(program):
 
 @functools.cache
 def on_one_device(reduction):
-    return jax.device_get(quick(step(reduction))(*problem()))
+    return jax.device_get(jax.jit(step(reduction))(*problem()))
 
 
 def step(reduction, loss=head, **static):
@@ -159,7 +158,7 @@ def test_with_more_examples_than_classes_the_kernel_is_gathered():
     labels = np.where(labels == IGNORED, labels, labels % 16)
     placed = place(few, P("data"), P(None, "data"))
     program = compiled(step("sum"), placed, labels, out_shardings=where_they_are(placed))
-    want = quick(step("sum"))(few, labels)
+    want = jax.jit(step("sum"))(few, labels)
     assert_close(program(placed, labels), want)
     assert max(x.bytes for x in collectives(program)) <= D * 16 * 4 + 4  # and the loss
 
@@ -186,7 +185,7 @@ def test_options(kind, reduction):
             floats, labels = cut, labels[:7] if "dense" not in kind else labels[:7, :, : V - 3]
         return derivatives(head, floats, labels, reduction=reduction, return_aux=True, **static)
 
-    want = quick(fn)(floats, labels)
+    want = jax.jit(fn)(floats, labels)
     specs = {"hidden": P("data"), "kernel": P("data", "model"), "weights": P(None, "model")}
     placed = {k: put(x, specs.get(k, P())) for k, x in floats.items()}
     program = compiled(fn, placed, put(labels, P("data")))
@@ -205,7 +204,7 @@ def test_padding_may_hold_nan():
 
     split = {"kernel": P(None, "model"), "bias": P("model"), "class_weights": P("model")}
     placed = {k: put(x, split.get(k, P())) for k, x in floats.items()}
-    assert_close(quick(fn)(placed, labels), quick(fn)(floats, labels))
+    assert_close(jax.jit(fn)(placed, labels), jax.jit(fn)(floats, labels))
 
 
 def test_padded_classes_and_a_gradient_whose_features_their_devices_split():
@@ -214,7 +213,7 @@ def test_padded_classes_and_a_gradient_whose_features_their_devices_split():
     placed = place(floats, P("data"), P(None, "model"))
     _, layout = where_they_are(place(floats, P(), P("model")))
     program = compiled(fn, placed, labels, out_shardings=(None, layout))
-    assert_close(program(placed, labels), quick(fn)(floats, labels))
+    assert_close(program(placed, labels), jax.jit(fn)(floats, labels))
 
 
 def test_bad_labels_are_nan_and_no_other_is():
@@ -222,7 +221,7 @@ def test_bad_labels_are_nan_and_no_other_is():
     labels[5, 1], labels[6, 2] = V, -1
     fn = step("none")
     placed = place(floats, P("data"), P(None, "model"))
-    (losses, gradients), want = quick(fn)(placed, labels), quick(fn)(floats, labels)
+    (losses, gradients), want = jax.jit(fn)(placed, labels), jax.jit(fn)(floats, labels)
     assert np.isnan(losses).sum() == 2
     assert_close((losses, gradients["hidden"]), (want[0], want[1]["hidden"]))
     assert np.all(np.isnan(gradients["kernel"]))
@@ -232,7 +231,7 @@ def test_16_bit_arrays_are_summed_in_their_own_type():
     """A device's part of a gradient is rounded, and then their sum."""
     floats, labels = problem(jnp.bfloat16)
     fn = step("mean")
-    want = quick(fn)(jax.tree.map(lambda x: x.astype(jnp.float32), floats), labels)
+    want = jax.jit(fn)(jax.tree.map(lambda x: x.astype(jnp.float32), floats), labels)
     placed = place(floats, P("data"), P("data", "model"))
     program = compiled(fn, placed, labels)
     got = program(placed, labels)
@@ -249,7 +248,7 @@ def test_a_wide_kernel_has_a_wide_gradient(kernel, reduction):
     floats, labels = problem(jnp.bfloat16)
     floats["kernel"] = floats["kernel"].astype(jnp.float32) * 1.001
     fn = step(reduction, dtype=jnp.bfloat16)
-    want = quick(fn)(floats, labels)
+    want = jax.jit(fn)(floats, labels)
     placed = place(floats, P("data"), kernel)
     program = compiled(fn, placed, labels, out_shardings=where_they_are(placed))
     got = program(placed, labels)
@@ -300,8 +299,8 @@ def test_transformations(how):
     labels = np.maximum(labels, 0)
     hidden, kernel = floats["hidden"], floats["kernel"]
     fn = TRANSFORMED[how]
-    want = quick(fn)(hidden, kernel, labels)
-    got = quick(fn)(put(hidden, P("data")), put(kernel, P("data", "model")), labels)
+    want = jax.jit(fn)(hidden, kernel, labels)
+    got = jax.jit(fn)(put(hidden, P("data")), put(kernel, P("data", "model")), labels)
     assert_close(got, want)
 
 
@@ -321,10 +320,10 @@ def test_donated_arguments():
     floats, labels = problem()
     labels = np.maximum(labels, 0)
     fn = jax.grad(mean, (0, 1))
-    want = quick(fn)(floats["hidden"], floats["kernel"], labels)
+    want = jax.jit(fn)(floats["hidden"], floats["kernel"], labels)
     placed = put(floats["hidden"], P("data")), put(floats["kernel"], P("data", "model"))
     layout = tuple(x.sharding for x in placed)
-    run = quick(fn, donate_argnums=(0, 1), out_shardings=layout)
+    run = jax.jit(fn, donate_argnums=(0, 1), out_shardings=layout)
     assert_close(run(*placed, labels), want)
     assert all(x.is_deleted() for x in placed)
 
@@ -362,7 +361,7 @@ def test_an_exported_program_keeps_the_layout():
     placed = place(floats, P("data"), P("data", "model"))
     fn = step("mean")
     labels = put(labels, P("data"))
-    exported = jax.export.export(quick(fn))(placed, labels)
+    exported = jax.export.export(jax.jit(fn))(placed, labels)
     program = compiled(exported.call, placed, labels)
     assert_close(program(placed, labels), on_one_device("mean"))
     assert_layout_is_kept(program)
@@ -375,8 +374,8 @@ def test_inside_a_shard_map_over_some_axes():
     fn = jax.shard_map(
         lambda h, w, y: jax.lax.pmean(mean(h, w, y), "data"), mesh=make_mesh(), **specs
     )
-    want = quick(jax.value_and_grad(mean, (0, 1)))(floats["hidden"], floats["kernel"], labels)
-    got = quick(jax.value_and_grad(fn, (0, 1)))(
+    want = jax.jit(jax.value_and_grad(mean, (0, 1)))(floats["hidden"], floats["kernel"], labels)
+    got = jax.jit(jax.value_and_grad(fn, (0, 1)))(
         put(floats["hidden"], P("data")), put(floats["kernel"], P(None, "model")), labels
     )
     assert_close(got, want)

@@ -33,7 +33,7 @@ from contract import (
     what_is_not_finite,
 )
 from hypothesis import given, settings
-from support import BOTH, quick, wide
+from support import BOTH, wide
 
 ROWS = 96  # of a program, in batches of 24 or of one
 
@@ -230,7 +230,7 @@ def program(problem):
         each = {*EACH, "where"}
         return {k: problem.place(x) if k in each else x for k, x in arguments.items()}
 
-    @quick
+    @jax.jit
     def run(moving, rest, g, tangents):
         rest = placed(rest)
 

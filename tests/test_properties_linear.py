@@ -33,7 +33,7 @@ from contract import (
     what_is_not_finite,
 )
 from hypothesis import given, settings
-from support import quick, wide
+from support import wide
 
 from jax_sce import linear_softmax_cross_entropy
 
@@ -277,7 +277,7 @@ def program(problem):
         return {k: x.reshape(*problem.batch, *x.shape[1:]) if k in each else x
                 for k, x in arguments.items()}  # fmt: skip
 
-    @quick
+    @jax.jit
     def run(moving, rest, g, tangents):
         def fn(moving):
             """The loss, and with the aux the log-normalizers, [N]; the prediction has no derivative."""

@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import BOTH, exact_gradient, exact_loss, one_hot, quick, rng
+from support import BOTH, exact_gradient, exact_loss, one_hot, rng
 
 from jax_sce import CrossEntropyAux, linear_softmax_cross_entropy, native
 
@@ -51,7 +51,7 @@ def program(kind, **more):
 @functools.cache
 def run(kind):
     """As it usually is."""
-    return quick(program(kind))(*arguments(kind))
+    return jax.jit(program(kind))(*arguments(kind))
 
 
 def assert_same(a, b):
@@ -74,7 +74,7 @@ def test_modes_change_nothing(kind, mode):
     another order remain."""
     want = run(kind)
     with MODES[mode]():
-        got = quick(program(kind))(*arguments(kind))
+        got = jax.jit(program(kind))(*arguments(kind))
     rtol, atol = (1e-5, 1e-7) if mode == "not jitted" else (0, 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), got, want)
 
@@ -107,11 +107,11 @@ def test_a_nan_is_found_where_it_is_made():
 
 
 def test_many_threads_compile_and_call_at_once():
-    shared = {kind: quick(program(kind)) for kind in KINDS}
+    shared = {kind: jax.jit(program(kind)) for kind in KINDS}
 
     def work(i):  # each thread a shape of its own, and those that all share
         logits, labels = np.ones((3, 4 + i), np.float32), np.zeros(3, np.int32)
-        own = quick(jax.grad(lambda z: BOTH["integer"](z, labels, reduction="sum")))(logits)
+        own = jax.jit(jax.grad(lambda z: BOTH["integer"](z, labels, reduction="sum")))(logits)
         return own.shape, {kind: shared[kind](*arguments(kind)) for kind in KINDS}
 
     with ThreadPoolExecutor(8) as pool:
@@ -126,7 +126,7 @@ def test_many_threads_compile_and_call_at_once():
 def test_runs_are_bitwise_equal(kind):
     """Of one program, and of another that is compiled again."""
     args = arguments(kind)
-    first, second = (quick(program(kind)).lower(*args).compile() for _ in range(2))
+    first, second = (jax.jit(program(kind)).lower(*args).compile() for _ in range(2))
     for compiled in (first, first, first, second):
         assert_same(compiled(*args), run(kind))
 
@@ -140,7 +140,7 @@ def test_the_size_of_the_chunks_is_a_matter_of_rounding(reduction):
         losses = mean("linear", reduction=reduction, chunk_size=chunk_size)(*args)
         return jnp.vdot(g, losses) if reduction == "none" else losses
 
-    @quick
+    @jax.jit
     def by_chunks(*args):
         sizes = (None, 1, 5, N, 10 * N)
         return [jax.value_and_grad(loss, (1, 2))(size, *args) for size in sizes]
@@ -184,11 +184,11 @@ def test_an_exported_program_is_the_same(kind):
     roundings differ, of the terms of a gradient that is a sum. So they do where the choice of the
     platform at run time is compiled otherwise."""
     args = arguments(kind)
-    fn = quick(jax.value_and_grad(mean(kind)))
+    fn = jax.jit(jax.value_and_grad(mean(kind)))
     exported = jax.export.export(fn, platforms=("cpu", "cuda", "tpu"))(*args)
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     if not native.status().available:
-        assert_same(quick(jax.export.export(fn)(*args).call)(*args), fn(*args))
+        assert_same(jax.jit(jax.export.export(fn)(*args).call)(*args), fn(*args))
     for a, b in zip(*map(jax.tree.leaves, (exported.call(*args), fn(*args))), strict=True):
         scale = np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=16 * 2.0**-24, atol=8 * 2.0**-24 * scale)
@@ -231,7 +231,7 @@ def test_an_exported_program_takes_any_number_of_examples():
     for batch in ((1, 1), (2, 5)):
         hidden = r.normal(size=(*batch, 3)).astype(np.float32)
         labels, weights = r.integers(5, size=batch, dtype=np.int32), r.random(batch, np.float32)
-        (_, (losses, mean, prediction)), gradients = quick(exported.call)(
+        (_, (losses, mean, prediction)), gradients = jax.jit(exported.call)(
             hidden, kernel, labels, weights
         )
         logits = hidden @ kernel
@@ -280,11 +280,11 @@ def test_the_next_checkpoint_and_custom_rules_of_jax_change_nothing():
         return {kind: both(kind) for kind in KINDS}
 
     args = {kind: arguments(kind) for kind in KINDS}
-    want = quick(step)(args)
+    want = jax.jit(step)(args)
     try:
         for name in NEXT:
             jax.config.update(name, True)
-        got = quick(step)(args)
+        got = jax.jit(step)(args)
     finally:
         for name in NEXT:
             jax.config.update(name, False)

@@ -19,7 +19,6 @@ from support import (
     covering,
     densified,
     lax_rules,
-    quick,
     rng,
     sparse,
     wide,
@@ -151,7 +150,7 @@ def test_in_a_head(reduction, forward_mode, x64):
 
     g = G.astype(jnp.float64) if reduction == "none" else 1.5
 
-    @quick
+    @jax.jit
     def both(*args):
         return [
             (value, pull(jnp.broadcast_to(g, value.shape)))
@@ -263,7 +262,7 @@ def test_vmap_and_second_derivatives(x64):
             return jnp.sum(jnp.square(loss(logits, IDS, values)))
 
         inner = jax.grad(total, (0, 1))
-        return quick(jax.grad(lambda *x: sum(jnp.sum(y**3) for y in inner(*x)), (0, 1)))
+        return jax.jit(jax.grad(lambda *x: sum(jnp.sum(y**3) for y in inner(*x)), (0, 1)))
 
     at = args[0], args[2]
     assert_close_to_largest(second(sparse)(*at), second(dense)(*at), rtol=1e-11)
@@ -293,7 +292,7 @@ def test_over_devices(loss, axis_type):
             return jnp.sum(value * jnp.arange(1.0, N + 1)), value
 
         argnums = (*range(len(args)), len(args) + 1, len(args) + 2)
-        return quick(jax.value_and_grad(of, argnums, has_aux=True))
+        return jax.jit(jax.value_and_grad(of, argnums, has_aux=True))
 
     want = total(whole)(*args, IDS, VALUES, options)
     if axis_type == AxisType.Auto:

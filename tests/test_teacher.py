@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from support import assert_close_to_largest, cotangents, covering, lax_rules, quick, rng, wide
+from support import assert_close_to_largest, cotangents, covering, lax_rules, rng, wide
 from ulps import families
 
 from jax_sce import (
@@ -77,7 +77,7 @@ def test_it_is_the_naive_formula(forward_mode, divergence, reduction, x64):
     args = jax.tree.map(lambda x: x.astype(jnp.float64), (STUDENT, TEACHER, OPTIONS))
     g = jnp.asarray(cotangents(N)) if reduction == "none" else 1.5
 
-    @quick
+    @jax.jit
     def both(student, teacher, options):
         def pulled(fn, **more):
             fn = functools.partial(fn, reduction=reduction, divergence=divergence, **more)
@@ -101,7 +101,7 @@ def test_it_is_a_constant(x64):
 
 
 def test_the_aux_has_its_entropy():
-    (loss, aux), divergence = quick(
+    (loss, aux), divergence = jax.jit(
         lambda: (
             ours(STUDENT, TEACHER, return_aux=True),
             ours(STUDENT, TEACHER, divergence=True),
@@ -119,7 +119,7 @@ def test_the_aux_has_its_entropy():
         log_o = jax.nn.log_softmax(student["hidden"] @ student["kernel"] + student["bias"])
         return naive(student, TEACHER, reduction="mean") - jnp.sum(jnp.exp(log_o) * log_o)
 
-    NEAR(*quick(lambda x: (jax.grad(total)(x), jax.grad(naive_total)(x)))(STUDENT))
+    NEAR(*jax.jit(lambda x: (jax.grad(total)(x), jax.grad(naive_total)(x)))(STUDENT))
 
 
 # -- rows of given logits -----------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_vmap_over_students(x64):
     students = jax.tree.map(lambda x: jnp.stack([x, 2 * x]).astype(jnp.float64), STUDENT)
     teacher = jax.tree.map(lambda x: x.astype(jnp.float64), TEACHER)
     got, want = (
-        quick(jax.vmap(functools.partial(fn, teacher=teacher, reduction="mean")))(students)
+        jax.jit(jax.vmap(functools.partial(fn, teacher=teacher, reduction="mean")))(students)
         for fn in (ours, naive)
     )
     np.testing.assert_allclose(got, want, rtol=1e-12)
@@ -278,7 +278,7 @@ def test_second_derivatives(x64):
             )
             return jnp.sum(gradient**3)
 
-        return quick(jax.grad(first))(student["kernel"])
+        return jax.jit(jax.grad(first))(student["kernel"])
 
     assert_close_to_largest(second(ours), second(naive), rtol=1e-11)
 
@@ -301,7 +301,7 @@ def test_over_devices(how):
         def of(student, teacher, arrays):
             return ours(student, teacher, fn=fn, **options, **arrays)
 
-        return quick(jax.value_and_grad(of))
+        return jax.jit(jax.value_and_grad(of))
 
     want = step(head)(STUDENT, TEACHER, OPTIONS)
     NEAR(step(fn)(*map(placed, (STUDENT, TEACHER, OPTIONS))), want)
@@ -315,7 +315,7 @@ def test_classes_that_do_not_divide_evenly():
     def short(arrays):
         return {k: x[cut[k]] if k in cut else x for k, x in arrays.items()}
 
-    @quick
+    @jax.jit
     def step(student, teacher):
         student["kernel"], teacher["kernel"] = (
             jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "model")))

@@ -18,7 +18,6 @@ from support import (
     exact_gradient,
     lax_rules,
     one_hot,
-    quick,
     rng,
 )
 
@@ -144,7 +143,7 @@ def test_hessians(kind, options):
         losses = jnp.sum(y * (normalizer[:, None] - z), -1)
         return jnp.vdot(cotangents(3), losses + (0.1 if options else 0.0) * normalizer**2)
 
-    want = quick(jax.hessian(reference))(rows)
+    want = jax.jit(jax.hessian(reference))(rows)
     for outer, inner, forward_mode in (
         (jax.jacfwd, jax.jacrev, False),
         (jax.jacrev, jax.jacrev, False),
@@ -152,7 +151,7 @@ def test_hessians(kind, options):
         (jax.jacrev, jax.jacfwd, True),
         (jax.jacfwd, jax.jacfwd, True),
     ):
-        got = quick(outer(inner(functools.partial(f, forward_mode=forward_mode))))(rows)
+        got = jax.jit(outer(inner(functools.partial(f, forward_mode=forward_mode))))(rows)
         assert_close(got, want, rtol=1e-11)
 
 
@@ -182,7 +181,7 @@ def test_a_weight_of_zero_has_its_second_derivative(by, kind, loss):
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         return weights * (naive(kind, logits, labels) + 0.1 * normalizer**2) + weights
 
-    got, want = (quick(jax.grad(functools.partial(gain, fn)))(weights) for fn in (ours, want))
+    got, want = (jax.jit(jax.grad(functools.partial(gain, fn)))(weights) for fn in (ours, want))
     assert_close(got, want, rtol=1e-11)
 
 
@@ -236,8 +235,8 @@ def test_the_rules_honour_a_cotangent_of_each_output(which, kind, forward_mode, 
 
             return jax.vjp(partial, at[argnum])[1](g)[0]
 
-        assert_close(*quick(lambda: (pulled(ours), pulled(reference)))())
-    jax.tree.map(assert_close, *quick(lambda x: (ours(x, labels), reference(x, labels)))(LOGITS))
+        assert_close(*jax.jit(lambda: (pulled(ours), pulled(reference)))())
+    jax.tree.map(assert_close, *jax.jit(lambda x: (ours(x, labels), reference(x, labels)))(LOGITS))
 
 
 # -- other platforms and many devices ------------------------------------------------------------
@@ -328,7 +327,7 @@ def test_vmap_over_an_axis_of_the_mesh():
     want = jax.vmap(jax.value_and_grad(head), (0, None, None))(hidden, kernel, LABELS)
     for loss in (functools.partial(split, **head.keywords), own):
         of_models = jax.vmap(jax.value_and_grad(loss), (0, None, None), spmd_axis_name="models")
-        got = quick(of_models)(hidden, kernel, LABELS)
+        got = jax.jit(of_models)(hidden, kernel, LABELS)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
