@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from . import _axis
 from ._axis import AxisName
 from ._rows import STATIC, compute_dtype
 from ._targets import Sparse, Teacher
+from ._types import ArrayLike
 
 REDUCTIONS = ("none", "sum", "mean")
 _CUT_BY_JAX = (np.int64, np.uint64)  # to 32 bits, without x64, where they are NumPy's
@@ -138,7 +138,9 @@ def batch_shape(logits_shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[i
     return tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
 
 
-def labels(x: ArrayLike, has_ids: bool, ignore_index: Any) -> tuple[Array, int | None]:
+def labels(
+    x: ArrayLike, has_ids: bool, ignore_index: Any, advice: str = ""
+) -> tuple[Array, int | None]:
     """Labels as an array, of integers if they are class ids, and `ignore_index` as it is among them."""
     ignored = integer_or_none("ignore_index", ignore_index)
     if isinstance(x, Sparse):
@@ -147,13 +149,15 @@ def labels(x: ArrayLike, has_ids: bool, ignore_index: Any) -> tuple[Array, int |
         raise TypeError("labels must not be a Teacher, which linear_softmax_cross_entropy takes")
     if not has_ids:
         return array("labels", x, "real"), ignored
-    return class_ids("labels", x, ignored)
+    return class_ids("labels", x, ignored, advice)
 
 
-def class_ids(name: str, x: ArrayLike, ignored: int | None) -> tuple[Array, int | None]:
+def class_ids(
+    name: str, x: ArrayLike, ignored: int | None, advice: str = ""
+) -> tuple[Array, int | None]:
     if not isinstance(x, jax.Array) and jax.dtypes.canonicalize_dtype(np.int64) == np.int32:
         x, ignored = _narrowed(x, ignored)
-    return array(name, x, "integer"), ignored
+    return array(name, x, "integer", advice=advice), ignored
 
 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
@@ -225,7 +229,7 @@ def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teache
     return Teacher(*jax.lax.stop_gradient(arrays), divergence=is_divergence)
 
 
-def rank_of_labels(x: ArrayLike) -> int:
+def rank_of_labels(x: Any) -> int:
     """The number of their axes, before their dtype is known."""
     try:
         return np.ndim(x)
@@ -253,19 +257,22 @@ _KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None = None) -> Array:
+def array(
+    name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None = None,
+    noun: str = "an array", advice: str = "",
+) -> Array:  # fmt: skip
     """`x` as an array of a dtype of that kind and, if one is expected, of that shape."""
     if x is None or isinstance(x, str):
-        raise TypeError(f"{name} must be an array, got {x!r}")
+        raise TypeError(f"{name} must be {noun}, got {x!r}")
     if kind == "real" and isinstance(x, np.ndarray | np.generic) and x.dtype in _CUT_BY_JAX:
         x = x.astype(np.float64)
     try:
         out = jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from error
-    what, dtypes = _KINDS[kind]
+        raise TypeError(f"{name} must be {noun}, got {type(x).__name__}: {error}") from error
+    expectation, dtypes = _KINDS[kind]
     if not any(jnp.issubdtype(out.dtype, dtype) for dtype in dtypes):
-        raise TypeError(f"{name} must {what}, got {out.dtype}")
+        raise TypeError(f"{name} must {expectation}, got {out.dtype}{advice}")
     if jnp.issubdtype(out.dtype, jnp.floating) and out.dtype.name not in FLOATS:
         raise TypeError(f"{name} must have a dtype among {', '.join(FLOATS)}, got {out.dtype}")
     if expected is not None:
@@ -273,22 +280,22 @@ def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None =
     return out
 
 
-def shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
+def shape(name: str, x: Array, expected: tuple[int, ...], advice: str = "") -> None:
     if x.shape != expected:
-        raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
+        raise ValueError(f"{name} must have shape {expected}, got {x.shape}{advice}")
 
 
 def of_examples(
     name: str, x: ArrayLike, batch: tuple[int, ...], interval: str | None = None
 ) -> Array:
     """A number for each example, [N...]; a scalar, or axes of size 1, serve several."""
-    numbers = array(name, x, "real")
+    numbers = array(name, x, "real", noun="a number or an array")
     check_interval(name, x, interval)
     if numbers.shape == batch:
         return numbers
     if numbers.ndim and not (numbers.ndim == len(batch) and _broadcasts(numbers.shape, batch)):
         raise ValueError(
-            f"{name} must be a scalar or have shape {batch}, or 1 in place of some of these sizes, "
+            f"{name} must be a number or have shape {batch}, or 1 in place of some of these sizes, "
             f"got {numbers.shape}"
         )
     return jnp.broadcast_to(numbers, batch)
@@ -297,15 +304,21 @@ def of_examples(
 def scalar(name: str, x: ArrayLike, interval: str | None = None) -> Array:
     """`x` as a real scalar. If its value is known when tracing, it must lie in the interval, such as
     "(0, inf)"."""
-    number = array(name, x, "real", ())
+    number = array(name, x, "real", noun="a number")
+    if number.ndim:
+        raise ValueError(f"{name} must be a number, got an array of shape {number.shape}")
     check_interval(name, x, interval)
     return number
 
 
-def check_interval(name: str, x: ArrayLike, interval: str | None) -> None:
-    if interval is None or isinstance(x, jax.core.Tracer):
+def check_interval(name: str, x: Any, interval: str | None) -> None:
+    if interval is None:
         return
-    values, (low, high) = np.ravel(np.asarray(x)), map(float, interval[1:-1].split(","))
+    try:
+        values = np.ravel(np.asarray(x))
+    except jax.errors.TracerArrayConversionError:
+        return
+    low, high = map(float, interval[1:-1].split(","))
     above = values > low if interval[0] == "(" else values >= low
     below = values < high if interval[-1] == ")" else values <= high
     outside = values[~(above & below)]

@@ -1,5 +1,7 @@
 """What the losses know of each example besides its loss."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax.numpy as jnp

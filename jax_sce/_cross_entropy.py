@@ -1,5 +1,7 @@
 """The losses on logits. Their options are arithmetic around two differentiation rules."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -7,7 +9,6 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from . import _arguments, _axis, _rows, _rules, _sparse, _teacher
 from ._arguments import Options
@@ -20,6 +21,7 @@ from ._rules import Kind
 from ._sparse import SparseTargets
 from ._targets import Sparse
 from ._teacher import TeacherRows
+from ._types import ArrayLike, Reduction
 from ._weighting import Losses, class_weight_of, excuse, mean_weights, reduce_losses, weighted
 
 
@@ -29,8 +31,9 @@ def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, return_aux: Literal[False] = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, return_aux: Literal[False] = False,
+    forward_mode: bool = False,
 ) -> Array: ...
 
 
@@ -39,17 +42,30 @@ def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, return_aux: Literal[True], forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, return_aux: Literal[True],
+    forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, return_aux: bool,
+    forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, return_aux: bool = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Literal["none", "sum", "mean"] = "none", axis_name: AxisName = None,
+    return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy between logits and distributions over the classes.
 
@@ -122,7 +138,7 @@ def softmax_cross_entropy(
     See also:
       `softmax_cross_entropy_with_integer_labels`, where each example has one class.
     """
-    return loss_of(inputs(
+    return _rules.call(loss_of, inputs(
         logits, labels, axis, where, has_ids=False, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
         temperature=temperature, reduction=reduction, axis_name=axis_name, return_aux=return_aux,
@@ -137,7 +153,7 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
+    temperature: ArrayLike | None = None, reduction: Reduction = "none", axis_name: AxisName = None,
     return_aux: Literal[False] = False, forward_mode: bool = False,
 ) -> Array: ...
 
@@ -148,9 +164,20 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
+    temperature: ArrayLike | None = None, reduction: Reduction = "none", axis_name: AxisName = None,
     return_aux: Literal[True], forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
+    temperature: ArrayLike | None = None, reduction: Reduction = "none", axis_name: AxisName = None,
+    return_aux: bool, forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -158,8 +185,8 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    return_aux: bool = False, forward_mode: bool = False,
+    temperature: ArrayLike | None = None, reduction: Literal["none", "sum", "mean"] = "none",
+    axis_name: AxisName = None, return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy between logits and the index of the right class.
 
@@ -232,7 +259,7 @@ def softmax_cross_entropy_with_integer_labels(
     See also:
       `softmax_cross_entropy`, where the labels are distributions.
     """
-    return loss_of(inputs(
+    return _rules.call(loss_of, inputs(
         logits, labels, axis, where, has_ids=True, ignore_index=ignore_index,
         label_smoothing=label_smoothing, class_weights=class_weights, weights=weights,
         z_loss=z_loss, softcap=softcap, temperature=temperature, reduction=reduction,
@@ -259,6 +286,10 @@ class Inputs:
         return not isinstance(self.labels, Sparse) and self.labels.ndim < self.logits.ndim
 
 
+_FOR_DISTRIBUTIONS = "; softmax_cross_entropy takes distributions"
+_FOR_IDS = "; softmax_cross_entropy_with_integer_labels takes class ids"
+
+
 def inputs(
     logits: ArrayLike, labels: Any, axis: int | Sequence[int] | None, where: ArrayLike | None,
     *, has_ids: bool, ignore_index: int | None = None, **options: Any,
@@ -271,8 +302,11 @@ def inputs(
     if isinstance(labels, Sparse) and not has_ids:
         labels = _arguments.sparse(labels, batch)
     else:
-        labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index)
-        _arguments.shape("labels", labels, batch if has_ids else logits.shape)
+        expected, other, advice = logits.shape, batch, _FOR_IDS
+        if has_ids:
+            expected, other, advice = batch, logits.shape, _FOR_DISTRIBUTIONS
+        labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index, advice)
+        _arguments.shape("labels", labels, expected, advice if labels.shape == other else "")
     given = _arguments.options(
         logits.dtype, batch, num_classes, ignore_index=ignore_index, **options
     )
@@ -356,7 +390,8 @@ def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -
             kind, targets, (rows,) = _rules.IDS, labels, _axis.vary_alike(rows)
             class_weight = class_weight_of(labels, options)
     rule = _rules.rule_forward if options.forward_mode else _rules.rule
-    out = rule(kind, options.return_aux, rows, targets, options.counts)
+    # The comment is for the traceback that JAX prints where it cannot differentiate the call.
+    out = rule(kind, options.return_aux, rows, targets, options.counts)  # jvp: forward_mode=True
     for kept in out.kept:
         options = options.where(kept > 0)
     return weighted(options, out, class_weight)

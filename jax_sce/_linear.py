@@ -8,6 +8,8 @@ References: taking gradients in the forward pass is Liger-Kernel's idea (Hsu et 
 arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none" does here.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,13 +21,14 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from . import _arguments, _axis, _cross_entropy, _head, _partition
+from . import _arguments, _axis, _cross_entropy, _head, _partition, _rules
 from ._aux import CrossEntropyAux
 from ._axis import AxisName
 from ._head import Cotangents, Inputs, Values
 from ._targets import Sparse, Teacher
+from ._types import ArrayLike, Reduction
 from ._weighting import mean_weights, reduce_losses
 
 
@@ -35,9 +38,10 @@ def linear_softmax_cross_entropy(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
     bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None, return_aux: Literal[False] = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, chunk_size: int | None = None,
+    dtype: DTypeLike | None = None, precision: PrecisionLike = None, return_aux: Literal[False] = False,
+    forward_mode: bool = False,
 ) -> Array: ...
 
 
@@ -46,19 +50,33 @@ def linear_softmax_cross_entropy(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
     bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None, return_aux: Literal[True], forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, chunk_size: int | None = None,
+    dtype: DTypeLike | None = None, precision: PrecisionLike = None, return_aux: Literal[True],
+    forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
+    bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, chunk_size: int | None = None,
+    dtype: DTypeLike | None = None, precision: PrecisionLike = None, return_aux: bool,
+    forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]: ...
 
 
 def linear_softmax_cross_entropy(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
     bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None, return_aux: bool = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Literal["none", "sum", "mean"] = "none", axis_name: AxisName = None,
+    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
+    return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, which are never held.
 
@@ -155,10 +173,10 @@ def linear_softmax_cross_entropy(
         return_aux=return_aux, chunk_size=chunk_size, dtype=dtype, precision=precision)
     mesh = jax.typeof(checked.hidden).sharding.mesh
     if not mesh.explicit_axes:
-        return loss_of(checked)
+        return _rules.call(loss_of, checked)
     if len(mesh.explicit_axes) < len(mesh.axis_names) or checked.hidden.size == 0:
-        return _in_automatic_mode(checked)(checked)
-    return _on_explicit_axes(checked)
+        return _rules.call(_in_automatic_mode(checked), checked)
+    return _rules.call(_on_explicit_axes, checked)
 # fmt: on
 
 
@@ -228,7 +246,8 @@ def loss_of(inputs: Inputs) -> Any:
     else:
         # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
         sums = options.reduction != "none" and inputs.hidden.dtype != jnp.float16
-        loss, aux = _rule(sums, inputs)
+        # The comment is for the traceback that JAX prints where it cannot differentiate the call.
+        loss, aux = _rule(sums, inputs)  # jvp: forward_mode=True
     if options.reduction != "none":
         like = _head.nothing(inputs, inputs.batch).loss
         ids: Any = inputs.labels if inputs.has_ids else None

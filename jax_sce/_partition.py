@@ -387,9 +387,10 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
         kernel = jnp.where(exists, kernel, 0)
         bias = None if bias is None else jnp.where(exists[0], bias, 0)
         if isinstance(labels, Teacher):
-            of_bias = None if labels.bias is None else jnp.where(exists[0], labels.bias, 0)
-            of_kernel = jnp.where(exists, labels.kernel, 0)
-            labels = dataclasses.replace(labels, kernel=of_kernel, bias=of_bias)
+            teacher: Any = labels
+            of_bias = None if teacher.bias is None else jnp.where(exists[0], teacher.bias, 0)
+            of_kernel = jnp.where(exists, teacher.kernel, 0)
+            labels = dataclasses.replace(teacher, kernel=of_kernel, bias=of_bias)
         elif not isinstance(labels, Sparse) and not inputs.has_ids:
             labels = jnp.where(jnp.expand_dims(exists[0], range(len(inputs.batch))), labels, 0)
         if options.class_weights is not None:

@@ -17,6 +17,7 @@ numbers a row. Those are [N...] here: XLA for CPU is slow on [N, 1]."""
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +108,18 @@ def spread(rows: Rows, highest: Array) -> Array:
 
 
 # -- the rule, in both modes --------------------------------------------------------------------------
+
+
+def call(program: Callable[[Any], Any], inputs: Any) -> Any:
+    """`program(inputs)`. If JAX refuses forward mode, because of `jax.custom_vjp`, name our option."""
+    try:
+        return program(inputs)
+    except TypeError as error:
+        if "custom_vjp" in str(error) and not inputs.options.forward_mode:
+            error.add_note(
+                "jax_sce: for jvp, jacfwd, linearize or check_grads pass forward_mode=True"
+            )
+        raise
 
 
 def _fwd(kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array | None):

@@ -1,19 +1,21 @@
 """The losses on a mesh, of global arrays."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from . import _arguments, _cross_entropy, _head, _linear, _partition
+from . import _arguments, _cross_entropy, _head, _linear, _partition, _rules
 from ._aux import CrossEntropyAux
 from ._axis import AxisName
 from ._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
@@ -22,12 +24,13 @@ from ._partition import Layout
 from ._targets import Sparse
 
 AnyMesh = Mesh | AbstractMesh
+Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def shard(
-    loss: Callable[..., Any], mesh: AnyMesh | None = None, *, batch: AxisName = "data",
+    loss: Loss, mesh: Mesh | AbstractMesh | None = None, *, batch: AxisName = "data",
     classes: AxisName = None,
-) -> Callable[..., Any]:  # fmt: skip
+) -> Loss:  # fmt: skip
     """One of the losses as the same function of global arrays, run by `jax.shard_map` on a mesh.
 
     The examples are split over `batch`, the classes over `classes`. Between the devices of `classes`
@@ -110,9 +113,9 @@ def shard(
         if on.explicit_axes:
             shardings = jax.tree.map(partial(NamedSharding, on), program.in_specs)
             arguments = jax.tree.map(jax.sharding.reshard, arguments, shardings)
-        return _compiled(program, mesh, on)(arguments)
+        return _rules.call(_compiled(program, mesh, on), arguments)
 
-    return sharded
+    return cast(Loss, sharded)
 
 
 class _Program(NamedTuple):

@@ -1,11 +1,13 @@
 """Labels that are neither class ids nor distributions."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax
-from jax.typing import ArrayLike
 
 from ._rows import STATIC
+from ._types import ArrayLike
 
 
 @jax.tree_util.register_dataclass

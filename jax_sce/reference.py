@@ -14,6 +14,8 @@ Example:
   0.8133
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax
@@ -21,13 +23,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from ._types import Reduction
+
 
 @functools.partial(jax.jit, static_argnames=("reduction",))
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none",
+    temperature: ArrayLike | None = None, reduction: Reduction = "none",
 ) -> Array:  # fmt: skip
     """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)` for distributions, [N..., V].
 
@@ -54,7 +58,7 @@ def softmax_cross_entropy_with_integer_labels(
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none",
+    temperature: ArrayLike | None = None, reduction: Reduction = "none",
 ) -> Array:  # fmt: skip
     """The same for one class each, `y_c = [c = label]`, [N...].
 
