@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import jax.typing
+from jax.typing import ArrayLike as _One
 
-_Items = Sequence[jax.typing.ArrayLike]
-# Whatever `jax.numpy.asarray` takes: numbers, arrays, and lists of these up to three deep.
-ArrayLike = jax.typing.ArrayLike | _Items | Sequence[_Items] | Sequence[Sequence[_Items]]
+# Numbers, arrays, and lists of these up to three deep: what `jax.numpy.asarray` takes. One union for
+# each depth, so that mypy can infer the items of `[[1.0, 0], [0, 1]]`; no recursion, which admits str.
+ArrayLike = _One | Sequence[_One | Sequence[_One | Sequence[_One]]]
 Reduction = Literal["none", "sum", "mean"]
