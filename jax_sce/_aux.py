@@ -15,16 +15,22 @@ NO_RANK = 2**31 - 1  # less than no k
 
 
 class CrossEntropyAux(NamedTuple):
-    """What a loss knows of each example, [N...] each. A field that is not used costs nothing.
+    """Further results of a loss, [N...] each. An unused field costs nothing.
 
-    log_normalizer: float32 (float64 for float64 inputs), differentiated exactly.
-    prediction: int32, the class of the largest logit, the lowest of several.
-    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent class adds nothing.
-    rank: int32, how many classes are above the label; of equal ones the lower is above. The label is
-      among the top k where it is less than k. None if labels are not class ids.
-    teacher_entropy: of a `Teacher`'s softmax, a constant. None without one.
+    log_normalizer: float32 (float64 for float64 inputs), differentiated
+      exactly.
+    prediction: int32, the class of the largest logit, the lowest of equal ones.
+    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent class
+      adds nothing.
+    rank: int32, how many classes rank above the label; of equal logits the
+      lower class ranks above. The label is among the top k if its rank is less
+      than k. None if labels are not class ids.
+    teacher_entropy: The entropy of a `Teacher`'s softmax, a constant. None
+      without a `Teacher`.
 
-    Examples that do not count have 0, a prediction of -1, and a rank of 2^31 - 1, as bad labels have."""
+    An example that does not count has 0, prediction -1, and rank 2^31 - 1. A
+    bad label has that rank, too.
+    """
 
     log_normalizer: Array
     prediction: Array

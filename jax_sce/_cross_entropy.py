@@ -67,56 +67,72 @@ def softmax_cross_entropy(
     reduction: Literal["none", "sum", "mean"] = "none", axis_name: AxisName = None,
     return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    r"""Softmax cross-entropy between logits and distributions over the classes.
+    """Softmax cross-entropy between logits and distributions over the classes.
 
-    With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, log-normalizer
-    :math:`L = \log \sum_k e^{z_k}` and smoothed targets :math:`y'_c = (1 - e) y_c + e / V`, the loss of
-    an example is
+    For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    .. math:: w \left( \sum_c w_c\, y'_c\, (-\log o_c) + \zeta L^2 \right).
+    The loss of an example with logits z and targets y is
 
-    The targets need not sum to one. The gradient is analytic:
-    :math:`\partial E / \partial z_c = o_c \sum_k y_k - y_c` and
-    :math:`\partial E / \partial y_c = -\log o_c`.
+        w (sum_c w_c y'_c (-log o_c) + z_loss L^2)
+
+        o_c  = e^z_c / sum_k e^z_k      softmax
+        L    = log sum_k e^z_k          log-normalizer
+        y'_c = (1 - e) y_c + e / V      smoothed targets
+
+    with w from `weights`, w_c from `class_weights` and e the `label_smoothing`.
+    The targets need not sum to one. Without options the gradient by z_c is
+    o_c sum_k y_k - y_c, and the gradient by y_c is -log o_c.
 
     Args:
-      logits: [N..., V] with the classes on `axis`, in float16, bfloat16, float32 or float64, as all
-        floats here. 16-bit logits are computed in float32.
-      labels: The shape of `logits`. Floats; integers and bools serve as one-hot rows. Or a `Sparse`,
-        which names the classes that have mass.
-      axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
-        logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
-        example that keeps no class has loss 0, and a distribution's target on a masked class is
-        left out.
-      label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
+      logits: [N..., V], with the classes on `axis`, in float16, bfloat16,
+        float32 or float64, like all float arguments. 16-bit logits are computed
+        in float32.
+      labels: Distributions, in the shape of `logits`: floats, or integers and
+        bools such as one-hot rows. Or a `Sparse`, with a few classes of each
+        example.
+      axis: The axis of the classes. Several axes count as one; None means all.
+      where: Bools. With the rank of the examples, [N...]: which examples to
+        keep. With the rank of the logits: which classes to keep, e.g. `[1, V]`
+        for all examples. Axes of size 1 broadcast. An example that keeps no
+        class has loss 0. A target on a masked class is left out.
+      label_smoothing: e, a number in [0, 1]. V counts the classes that `where`
+        keeps in the row.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
-        several.
-      z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
-      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
-      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
-        divided by it. Differentiated.
-      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
-        that count, and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device; labels stay global, and the loss is that of whole
-        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
-        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
-        differentiated exactly, predictions, and for class ids the labels' ranks. But for the
-        log-normalizers each takes a pass over the logits, if it is used.
-      forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
-        for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+      weights: [N...], the weight of each example; one of weight 0 does not
+        count. It may be a number, or have axes of size 1.
+      z_loss: A number; adds `z_loss * L**2` to each example. Class weights do
+        not apply to it.
+      softcap: A positive number c; the logits become `c * tanh(logits / c)`.
+      temperature: A positive number, or one for each example, [N...] (or axes
+        of size 1). The logits are divided by it, after the soft-cap. It gets a
+        gradient.
+      reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
+        that by the sum of `weights` over the examples that count, and is 0 if
+        there are none.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
+        are split, or a tuple of axes. V is then the number of classes on this
+        device. Labels stay global. The loss is that of the whole rows, equal on
+        all devices of the axis. "mean" and "sum" reduce over the examples of
+        this device. With `check_vma=False`, differentiate outside of
+        `shard_map`: inside, JAX multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction
+        and entropy of each example. Log-normalizer and entropy are
+        differentiated exactly. Prediction and entropy each read the logits once
+        more, if they are used.
+      forward_mode: Differentiate with a `jax.custom_jvp` of the same form
+        instead of a `jax.custom_vjp`, for `jax.jvp`, `jax.jacfwd`,
+        `jax.linearize` and reverse over forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
-      it and the aux. The loss is NaN for a row whose logits are all -inf, or include +inf or NaN (after
-      the soft-cap); that row's gradient is NaN and no other's. A logit of -inf is an absent class: it
-      costs +inf if its target is not 0.
+      The loss, [N...] or a scalar, in float32 (float64 for float64 logits).
+      With `return_aux`, the pair of loss and aux. The loss and the gradient of
+      a row are NaN if its logits are all -inf or, after the soft-cap, contain
+      +inf or NaN; gradients of other rows are not affected. A logit of -inf is
+      an absent class; it costs +inf if its target is not 0.
 
     Raises:
-      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+      TypeError, ValueError: An argument has the wrong type, shape or range. The
+        message names it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -126,17 +142,19 @@ def softmax_cross_entropy(
       >>> with jnp.printoptions(precision=4):
       ...     print(softmax_cross_entropy(logits, labels))
       [0.2761 1.8018]
-      >>> print(f"{softmax_cross_entropy(logits, labels, reduction='mean'):.4f}")
+      >>> mean = softmax_cross_entropy(logits, labels, reduction="mean")
+      >>> print(f"{mean:.4f}")
       1.0390
 
     References:
-      Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
-      the loss and its derivative; Szegedy et al. (2016), arXiv:1512.00567, for label smoothing;
-      Chowdhery et al. (2022), arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
+      Bridle (1990), "Probabilistic interpretation of feedforward classification
+      network outputs", for the loss and its derivative; Szegedy et al. (2016),
+      arXiv:1512.00567, for label smoothing; Chowdhery et al. (2022),
+      arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
       arXiv:2408.00118, for the soft-cap.
 
     See also:
-      `softmax_cross_entropy_with_integer_labels`, where each example has one class.
+      `softmax_cross_entropy_with_integer_labels`, for one class per example.
     """
     return _rules.call(loss_of, inputs(
         logits, labels, axis, where, has_ids=False, label_smoothing=label_smoothing,
@@ -188,55 +206,76 @@ def softmax_cross_entropy_with_integer_labels(
     temperature: ArrayLike | None = None, reduction: Literal["none", "sum", "mean"] = "none",
     axis_name: AxisName = None, return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    r"""Softmax cross-entropy between logits and the index of the right class.
+    """Softmax cross-entropy between logits and class ids.
 
-    With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, the loss of an example with label y is
-    :math:`-\log o_y`, and its gradient :math:`o_c - [c = y]`. With options it is
+    For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    .. math:: w \left( \sum_c w_c\, y'_c\, (-\log o_c) + \zeta L^2 \right),
-       \quad y'_c = (1 - e) [c = y] + e / V, \quad L = \log \sum_k e^{z_k}.
+    The loss of an example with logits z and label y is -log o_y, and its
+    gradient is o_c - [c = y], with o the softmax of z. With options the loss is
+
+        w (sum_c w_c y'_c (-log o_c) + z_loss L^2)
+
+        o_c  = e^z_c / sum_k e^z_k          softmax
+        L    = log sum_k e^z_k              log-normalizer
+        y'_c = (1 - e) [c = y] + e / V      smoothed targets
+
+    with w from `weights`, w_c from `class_weights` and e the `label_smoothing`.
 
     Args:
-      logits: [N..., V] with the classes on `axis`, in float16, bfloat16, float32 or float64, as all
-        floats here. 16-bit logits are computed in float32.
-      labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
-        those axes flattened in the order given. (Without x64, `jax.jit` cuts NumPy's 64-bit integers
-        that are passed to your own jitted function before this one sees them.)
-      axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
-        logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
-        example that keeps no class has loss 0; a label on a masked class costs +inf.
-      ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
-      label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
+      logits: [N..., V], with the classes on `axis`, in float16, bfloat16,
+        float32 or float64, like all float arguments. 16-bit logits are computed
+        in float32.
+      labels: [N...], integers in [0, V) of any integer dtype. With several
+        class axes: indices into these axes, flattened in the order given.
+        (Without x64, `jax.jit` truncates NumPy's 64-bit integers that are
+        passed to your own jitted function, before this function sees them.)
+      axis: The axis of the classes. Several axes count as one; None means all.
+      where: Bools. With the rank of the examples, [N...]: which examples to
+        keep. With the rank of the logits: which classes to keep, e.g. `[1, V]`
+        for all examples. Axes of size 1 broadcast. An example that keeps no
+        class has loss 0. A label on a masked class costs +inf.
+      ignore_index: Examples with this label do not count: loss 0, gradient 0.
+      label_smoothing: e, a number in [0, 1]. V counts the classes that `where`
+        keeps in the row.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
-        several.
-      z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
-      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
-      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
-        divided by it. Differentiated.
-      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
-        `weights * class_weights[label]` of the examples that count, and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device; labels stay global, and the loss is that of whole
-        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
-        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
-        differentiated exactly, predictions, and for class ids the labels' ranks. But for the
-        log-normalizers each takes a pass over the logits, if it is used.
-      forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
-        for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+      weights: [N...], the weight of each example; one of weight 0 does not
+        count. It may be a number, or have axes of size 1.
+      z_loss: A number; adds `z_loss * L**2` to each example. Class weights do
+        not apply to it.
+      softcap: A positive number c; the logits become `c * tanh(logits / c)`.
+      temperature: A positive number, or one for each example, [N...] (or axes
+        of size 1). The logits are divided by it, after the soft-cap. It gets a
+        gradient.
+      reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
+        that by the sum of `weights * class_weights[label]` over the examples
+        that count, and is 0 if there are none.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
+        are split, or a tuple of axes. V is then the number of classes on this
+        device. Labels stay global. The loss is that of the whole rows, equal on
+        all devices of the axis. "mean" and "sum" reduce over the examples of
+        this device. With `check_vma=False`, differentiate outside of
+        `shard_map`: inside, JAX multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
+        entropy and the label's rank, of each example. Log-normalizer and
+        entropy are differentiated exactly. All but the log-normalizer each read
+        the logits once more, if they are used.
+      forward_mode: Differentiate with a `jax.custom_jvp` of the same form
+        instead of a `jax.custom_vjp`, for `jax.jvp`, `jax.jacfwd`,
+        `jax.linearize` and reverse over forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
-      it and the aux. The loss is NaN, with a gradient of NaN in that row alone, for a label outside
-      [0, V), -1 included, and for a row whose logits are all -inf, or include +inf or NaN (after the
-      soft-cap). A logit of -inf is an absent class, and costs +inf as the label. Under
-      `jax.experimental.checkify.checkify` with user checks, the first label outside [0, V) is an error
-      that tells it and its position.
+      The loss, [N...] or a scalar, in float32 (float64 for float64 logits).
+      With `return_aux`, the pair of loss and aux. The loss and the gradient of
+      a row are NaN if its label lies outside [0, V), -1 included, or if its
+      logits are all -inf or, after the soft-cap, contain +inf or NaN; gradients
+      of other rows are not affected. A logit of -inf is an absent class; it
+      costs +inf as the label. Under `jax.experimental.checkify.checkify` with
+      user checks, the first label outside [0, V) is an error that names it and
+      its position.
 
     Raises:
-      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+      TypeError, ValueError: An argument has the wrong type, shape or range. The
+        message names it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -247,17 +286,19 @@ def softmax_cross_entropy_with_integer_labels(
       ...     print(softmax_cross_entropy_with_integer_labels(logits, labels))
       [0.2761 2.9518]
       >>> confident = jnp.array([17.0, 0.0])
-      >>> print(f"{softmax_cross_entropy_with_integer_labels(confident, 0):.3e}")
+      >>> loss = softmax_cross_entropy_with_integer_labels(confident, 0)
+      >>> print(f"{loss:.3e}")
       4.140e-08
 
     References:
-      Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
-      the loss and its derivative; Szegedy et al. (2016), arXiv:1512.00567, for label smoothing;
-      Chowdhery et al. (2022), arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
+      Bridle (1990), "Probabilistic interpretation of feedforward classification
+      network outputs", for the loss and its derivative; Szegedy et al. (2016),
+      arXiv:1512.00567, for label smoothing; Chowdhery et al. (2022),
+      arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
       arXiv:2408.00118, for the soft-cap.
 
     See also:
-      `softmax_cross_entropy`, where the labels are distributions.
+      `softmax_cross_entropy`, for distributions.
     """
     return _rules.call(loss_of, inputs(
         logits, labels, axis, where, has_ids=True, ignore_index=ignore_index,

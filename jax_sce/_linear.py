@@ -78,71 +78,93 @@ def linear_softmax_cross_entropy(
     chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
     return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, which are never held.
+    """Softmax cross-entropy of a linear head, without storing its logits.
 
-    The same as `softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias, labels)`, or
-    `softmax_cross_entropy` for other labels, with the logits accumulated in float32, in the memory of
-    one chunk of examples. With "mean" and "sum" the gradients are computed in the forward pass, as fast
-    as with whole logits; with "none" the backward pass computes the logits once more. Examples that do
-    not count, by `ignore_index` or a weight of 0, cost next to nothing; those of weight 0 only if the
-    weights are not differentiated, and not in forward mode.
+    For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    In a program that `jax.jit` splits over devices, each computes its own examples and classes, as
-    hidden states and kernel are laid out: see "On a mesh" in the README for what crosses.
+    The result is that of `softmax_cross_entropy_with_integer_labels(hidden @
+    kernel + bias, labels)`, or of `softmax_cross_entropy` for other labels. The
+    logits are accumulated in float32, one chunk of examples at a time.
 
-    Give it all examples at once, [N..., D]: under `jax.vmap` over examples it would make a gradient of
-    the kernel, [D, V], for each.
+    With "mean" and "sum" the forward pass also computes the gradients, and the
+    two passes take as long as with stored logits. With "none" the backward pass
+    computes the logits again. Examples that do not count, by `ignore_index` or
+    weight 0, cost next to nothing; but weight 0 saves nothing if the weights
+    are differentiated, or in forward mode.
+
+    In a program that `jax.jit` splits over devices, each device computes its
+    own examples and classes, as `hidden` and `kernel` are laid out.
+
+    Pass all examples in one call, [N..., D]. `jax.vmap` over examples would
+    make a gradient of the kernel, [D, V], for each of them.
 
     Args:
-      hidden: [N..., D], in float16, bfloat16, float32 or float64, as all floats here.
-      kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
-        Of two dtypes, the wider is that of the products, unless `dtype` says otherwise; under
-        `jax.numpy_dtype_promotion("strict")` it has to.
-      labels: [N...] integers in [0, V); distributions [N..., V]; a `Sparse`, some classes of each
-        example; or a `Teacher`, the softmax of another head. (Without x64, `jax.jit` cuts NumPy's 64-bit
-        integers that are passed to your own jitted function before this one sees them.)
+      hidden: [N..., D], in float16, bfloat16, float32 or float64, like all float
+        arguments.
+      kernel: [D, V]. For a tied embedding [V, D] pass `embedding.T` (XLA on CPU
+        copies it once). If `hidden` and `kernel` differ in dtype, the products
+        are computed in the wider one; under
+        `jax.numpy_dtype_promotion("strict")` you must choose by `dtype`.
+      labels: [N...], integers in [0, V); [N..., V], distributions; a `Sparse`,
+        with a few classes of each example; or a `Teacher`, the softmax of
+        another head. (Without x64, `jax.jit` truncates NumPy's 64-bit integers
+        that are passed to your own jitted function, before this function sees
+        them.)
       bias: [V].
-      ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
-      label_smoothing: e, a scalar in [0, 1].
+      ignore_index: Examples with this label do not count: loss 0, gradient 0.
+        Only for class ids.
+      label_smoothing: e, a number in [0, 1].
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
-        several.
-      z_loss: A scalar; adds `z_loss * L**2` to each example, L its log-normalizer, not class-weighted.
-      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
-      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
-        divided by it. Differentiated.
-      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
-        `weights * class_weights[label]` of the examples that count (of `weights` if labels are not class
-        ids), and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device; labels stay global, and the loss is that of whole
-        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
-        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
-      chunk_size: Examples in a chunk, whose float32 logits are held. None chooses by shapes and
-        platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB. On
-        CPU, chunks of 128 took as long as those of None, 256, in 0.6 to 0.8 of the temporary memory; 64
-        took up to 1.3 times as long, 32 1.7 and 16 2.5 times, in 0.2 to 0.6. Gradients of a 16-bit
-        kernel are summed in a float32 array of its size, whatever the chunk.
-      dtype: The dtype of the matrix products, one of those four, as Flax's layers have it; None for the
-        wider of `hidden` and `kernel`. bfloat16 with a kernel in float32 is mixed precision: hidden
-        states and kernel are rounded once for the products, and the kernel's gradient is summed and
-        returned in float32.
-      precision: Of the matrix products, as in `jax.numpy.dot`: None, "highest" and so on.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
-        differentiated exactly, predictions, and for class ids the labels' ranks. With "mean" and "sum"
-        the derivative of the first two, if it is used, computes the logits once more.
-      forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
-        `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+      weights: [N...], the weight of each example; one of weight 0 does not
+        count. It may be a number, or have axes of size 1.
+      z_loss: A number; adds `z_loss * L**2` to each example, where L is its
+        log-normalizer. Class weights do not apply to it.
+      softcap: A positive number c; the logits become `c * tanh(logits / c)`.
+      temperature: A positive number, or one for each example, [N...] (or axes
+        of size 1). The logits are divided by it, after the soft-cap. It gets a
+        gradient.
+      reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
+        that by the sum of `weights * class_weights[label]` (of `weights`, if
+        labels are not class ids) over the examples that count, and is 0 if
+        there are none.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
+        are split, or a tuple of axes. V is then the number of classes on this
+        device. Labels stay global. The loss is that of the whole rows, equal on
+        all devices of the axis. "mean" and "sum" reduce over the examples of
+        this device. With `check_vma=False`, differentiate outside of
+        `shard_map`: inside, JAX multiplies gradients by the axis size.
+      chunk_size: How many examples a chunk has; its float32 logits are held in
+        memory. None chooses from shapes and platform: on CPU up to 128 MiB of
+        logits, elsewhere 2048 examples or more in at most 2 GiB. On CPU, chunks
+        of 128 took as long as the 256 that None chose, with 0.6 to 0.8 of the
+        temporary memory; chunks of 64 took up to 1.3 times as long, 32 1.7
+        times and 16 2.5 times, with 0.2 to 0.6 of it. The gradient of a 16-bit
+        kernel is summed in a float32 array of its size, whatever the chunk.
+      dtype: The dtype of the matrix products, as in Flax's layers; None means
+        the wider of `hidden` and `kernel`. bfloat16 with a float32 kernel is
+        mixed precision: `hidden` and `kernel` are rounded once for the
+        products, and the kernel's gradient is summed and returned in float32.
+      precision: The precision of the matrix products, as in `jax.numpy.dot`:
+        None, "highest" and so on.
+      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
+        entropy and, for class ids, the label's rank, of each example.
+        Log-normalizer and entropy are differentiated exactly; with "mean" and
+        "sum" their derivative computes the logits once more, if it is used.
+      forward_mode: Differentiate with JAX's own rules for the loop over the
+        chunks, for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over
+        forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
-      of it and the aux. Bad labels and logits give NaN as in the losses on logits, and `checkify` names
-      bad labels as there. The gradients come in the dtypes of their arguments, and are accumulated in
-      float32. (float16 has too short a range for gradients whose scale is not known: there "mean" and
-      "sum" compute the logits once more, too.)
+      The loss, [N...] or a scalar, in float32 (float64 for float64 inputs).
+      With `return_aux`, the pair of loss and aux. Bad labels and logits give
+      NaN as in the losses on logits, and `checkify` reports bad labels as
+      there. Gradients have the dtypes of their arguments, and are accumulated
+      in float32. (In float16, "mean" and "sum" also compute the logits once
+      more: gradients whose scale is not known yet would leave its range.)
 
     Raises:
-      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+      TypeError, ValueError: An argument has the wrong type, shape or range. The
+        message names it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -150,21 +172,26 @@ def linear_softmax_cross_entropy(
       >>> hidden = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
       >>> kernel = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, -1.0]])
       >>> labels = jnp.array([0, 1, -100])
+      >>> losses = linear_softmax_cross_entropy(
+      ...     hidden, kernel, labels, ignore_index=-100)
       >>> with jnp.printoptions(precision=4):
-      ...     print(linear_softmax_cross_entropy(hidden, kernel, labels, ignore_index=-100))
+      ...     print(losses)
       [0.0949 0.1429 0.    ]
-      >>> loss, gradient = jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(
-      ...     hidden, kernel, labels, ignore_index=-100, reduction="mean")
+      >>> loss, gradient = jax.value_and_grad(
+      ...     linear_softmax_cross_entropy, argnums=1
+      ... )(hidden, kernel, labels, ignore_index=-100, reduction="mean")
       >>> print(f"{loss:.4f}", gradient.shape)
       0.1189 (2, 3)
 
     References:
-      Hsu et al. (2024), "Liger Kernel", arXiv:2410.10989; Wijmans et al. (2024), "Cut your losses in
-      large-vocabulary language models", arXiv:2411.09009; and those of
-      `softmax_cross_entropy_with_integer_labels` for the loss and its options.
+      Hsu et al. (2024), "Liger Kernel", arXiv:2410.10989; Wijmans et al.
+      (2024), "Cut your losses in large-vocabulary language models",
+      arXiv:2411.09009. For the loss and its options, those of
+      `softmax_cross_entropy_with_integer_labels`.
 
     See also:
-      `softmax_cross_entropy_with_integer_labels` and `softmax_cross_entropy`, of logits that exist.
+      `softmax_cross_entropy_with_integer_labels` and `softmax_cross_entropy`,
+      for logits that you have.
     """
     checked = inputs(
         hidden, kernel, labels, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,

@@ -31,42 +31,53 @@ def shard(
     loss: Loss, mesh: Mesh | AbstractMesh | None = None, *, batch: AxisName = "data",
     classes: AxisName = None,
 ) -> Loss:  # fmt: skip
-    """One of the losses as the same function of global arrays, run by `jax.shard_map` on a mesh.
+    """Make a loss work on global arrays that a mesh of devices shares.
 
-    The examples are split over `batch`, the classes over `classes`. Between the devices of `classes`
-    row statistics alone cross. A kernel whose features are split over `batch` (FSDP) is gathered once,
-    before the chunks, and its gradient is reduced once, after them. "sum" and "mean" are over the whole
-    batch, and a mean divides by all of its weight. Under `jax.jit`, `linear_softmax_cross_entropy` does
-    the same without it, following the layout of its arguments; `shard` fixes the layout.
+    The examples are split over `batch`, the classes over `classes`. Devices of
+    `classes` exchange only a few numbers per row. A kernel whose features are
+    split over `batch` (FSDP) is gathered once, before the chunks, and its
+    gradient is reduced once, after them. "sum" and "mean" are over the whole
+    batch, and "mean" divides by the weight of the whole batch.
+
+    Under `jax.jit`, `linear_softmax_cross_entropy` does the same without
+    `shard`, and follows the layout of its arguments; `shard` fixes the layout.
 
     Args:
-      loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels` or
-        `linear_softmax_cross_entropy`.
-      mesh: The mesh, with automatic or with explicit axes; None takes that of `jax.set_mesh`.
-      batch: The mesh axis, or axes, over which the first axis of the examples is split; None: none.
-      classes: The mesh axis, or axes, over which the classes are split, of several class axes the first;
-        None: none.
+      loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels`
+        or `linear_softmax_cross_entropy`.
+      mesh: The mesh, with all axes automatic or all explicit. None means the
+        mesh of `jax.set_mesh`.
+      batch: The mesh axis, or a tuple of axes, over which the first axis of the
+        examples is split. None means that it is not split.
+      classes: The mesh axis, or a tuple of axes, over which the classes are
+        split (the first class axis, if there are several). None means that they
+        are not split.
 
     Returns:
-      The function. It takes the arguments of `loss`, but `axis_name`.
+      The loss as a function of global arrays, run by `jax.shard_map`. It takes
+      the arguments of `loss`, except `axis_name`.
 
     Raises:
-      TypeError, ValueError: `loss` is not one of the three, the mesh lacks an axis or has axes of both
-        types, or examples or classes do not divide evenly over it. Pad a head with columns whose `bias`
-        is -inf: those are absent classes. Of logits, mask them with `where`.
+      TypeError, ValueError: `loss` is not one of the three; the mesh lacks an
+        axis, or has axes of both types; or examples or classes do not divide
+        evenly over the devices. Pad a head with columns whose `bias` is -inf:
+        those are absent classes. Pad logits with classes that `where` masks.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jax_sce import linear_softmax_cross_entropy, shard
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-      >>> loss = shard(linear_softmax_cross_entropy, mesh, batch="data", classes="model")
+      >>> auto = jax.sharding.AxisType.Auto
+      >>> axes = ("data", "model")
+      >>> mesh = jax.make_mesh((1, 1), axes, axis_types=(auto, auto))
+      >>> loss = shard(linear_softmax_cross_entropy, mesh, classes="model")
       >>> hidden, kernel = jnp.ones((4, 2)), jnp.eye(2, 3)
-      >>> print(f"{loss(hidden, kernel, jnp.array([0, 1, 2, 0]), reduction='mean'):.4f}")
+      >>> labels = jnp.array([0, 1, 2, 0])
+      >>> print(f"{loss(hidden, kernel, labels, reduction='mean'):.4f}")
       1.1120
 
     References:
-      Shoeybi et al. (2019), "Megatron-LM", arXiv:1909.08053, section 3, for a cross-entropy of which
-      only sums over the classes cross the devices.
+      Shoeybi et al. (2019), "Megatron-LM", arXiv:1909.08053, section 3, for a
+      cross-entropy whose devices exchange only sums over the classes.
     """
     if not callable(loss) or loss not in _LOSSES:
         known = ", ".join(function.__name__ for function in _LOSSES)
