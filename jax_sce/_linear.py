@@ -99,8 +99,8 @@ def linear_softmax_cross_entropy(
     make a gradient of the kernel, [D, V], for each of them.
 
     Args:
-      hidden: [N..., D], in float16, bfloat16, float32 or float64, like all float
-        arguments.
+      hidden: [N..., D], in float16, bfloat16, float32 or float64, like all
+        float arguments.
       kernel: [D, V]. For a tied embedding [V, D] pass `embedding.T` (XLA on CPU
         copies it once). If `hidden` and `kernel` differ in dtype, the products
         are computed in the wider one; under
