@@ -1,4 +1,4 @@
-"""What the losses know of each example besides its loss."""
+"""What the losses return for each example besides the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import _axis, _backend, _layout
 from ._rows import Rows
 from ._weighting import Losses, only
 
-NO_RANK = 2**31 - 1  # less than no k
+NO_RANK = 2**31 - 1  # in no top k
 
 
 class CrossEntropyAux(NamedTuple):
@@ -40,7 +40,7 @@ class CrossEntropyAux(NamedTuple):
 
 
 def aux_of(rows: Rows, ids: Array | None, losses: Losses, counts: Array | None) -> CrossEntropyAux:
-    """Of rows with those class ids, [N...], -1 for a bad one, or with other labels."""
+    """`ids` are class ids, [N...], with -1 for a bad one, or None for other labels."""
     return CrossEntropyAux(
         losses.log_normalizer,
         _prediction(rows, counts),
@@ -51,7 +51,8 @@ def aux_of(rows: Rows, ids: Array | None, losses: Losses, counts: Array | None) 
 
 
 def _raw(rows: Rows) -> Array:
-    return rows.masked(lax.stop_gradient(rows.logits))  # soft-cap and temperature keep the order
+    # Soft-cap and temperature keep the order of the logits.
+    return rows.masked(lax.stop_gradient(rows.logits))
 
 
 def _prediction(rows: Rows, counts: Array | None) -> Array:
@@ -66,7 +67,7 @@ def _rank(rows: Rows, ids: Array, counts: Array | None) -> Array:
     labels, logits = rows.expand(ids), _raw(rows)
     pick = _backend.laid_out(rows, _at, lambda _, of_row: of_row)
     at_label = _axis.largest(rows.axis_name, pick(rows, logits, labels))
-    # NaN is above everything else, as in the prediction.
+    # NaN ranks above everything else, as in the prediction.
     is_nan, label_is_nan = jnp.isnan(logits), jnp.isnan(at_label)
     is_equal = (logits == at_label) | (is_nan & label_is_nan)
     is_above = (logits > at_label) | (is_nan & ~label_is_nan)

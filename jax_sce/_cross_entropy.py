@@ -1,4 +1,4 @@
-"""The losses on logits. Their options are arithmetic around two differentiation rules."""
+"""The losses on logits. Options are arithmetic around two differentiation rules."""
 
 from __future__ import annotations
 
@@ -314,11 +314,11 @@ def softmax_cross_entropy_with_integer_labels(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments, checked."""
+    """The checked arguments."""
 
     logits: Array
-    labels: Array | Sparse  # class ids, [N...], or distributions in the shape of the logits
-    mask: Array | None  # bool, of the logits' rank: the classes to keep
+    labels: Array | Sparse  # class ids, [N...], or distributions in the logits' shape
+    mask: Array | None  # bool, with the logits' rank: the classes to keep
     options: Options
     axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes
 
@@ -335,7 +335,7 @@ def inputs(
     logits: ArrayLike, labels: Any, axis: int | Sequence[int] | None, where: ArrayLike | None,
     *, has_ids: bool, ignore_index: int | None = None, **options: Any,
 ) -> Inputs:  # fmt: skip
-    """The arguments of either loss, by their public names."""
+    """Check the arguments of either loss, given by their public names."""
     logits = _arguments.array("logits", logits, "floating")
     axes = _arguments.class_axes(axis, logits.ndim)
     batch = _arguments.batch_shape(logits.shape, axes)
@@ -358,8 +358,8 @@ def inputs(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for. Jitted, so that an eager call is compiled as one, and so
-    is its derivative. (JAX 0.10 would run the derivative of a jit with `inline=True` step by step.)"""
+    """The loss, and the aux if it is asked for. It is jitted, so that an eager call and its derivative
+    are each one program. (With `inline=True`, JAX 0.10 would run the derivative step by step.)"""
     options: Options = inputs.options
     labels: Any = inputs.labels
     axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)
@@ -369,7 +369,7 @@ def loss_of(inputs: Inputs) -> Any:
     if inputs.has_ids:
         options = options.where(_arguments.not_ignored(labels, options.ignore_index))
     num_classes = rows.num_classes * _axis.size(options.axis_name)
-    reported = options  # by checkify alone: the row operations find what is kept themselves
+    reported = options  # for checkify only: the row operations find out themselves which rows count
     for kept in _rows.keeps_class(rows):
         reported = reported.where(_axis.total(rows.axis_name, kept.squeeze(rows.axes)) > 0)
     labels = checked(labels, num_classes, reported.counts, inputs.has_ids)
@@ -384,7 +384,7 @@ def loss_of(inputs: Inputs) -> Any:
 
 
 def checked(labels: Any, num_classes: int, counts: Array | None, has_ids: bool) -> Any:
-    """Class ids as int32: -1 for a bad one, and V for an empty place. Other labels as they are."""
+    """Class ids as int32, with -1 for a bad one and V for an empty place. Other labels unchanged."""
     if isinstance(labels, Sparse):
         given: Any = labels.ids
         is_empty = given < 0
@@ -398,8 +398,7 @@ def rows_of(
     logits: Array, axes: tuple[int, ...], axis_name: AxisName, softcap: Array | None,
     temperature: Array | None,
 ) -> Rows:  # fmt: skip
-    """Rows without a mask, of a scalar soft-cap and temperatures [N...]; `axes` are counted from the
-    last."""
+    """Rows without a mask, with a scalar soft-cap and temperatures [N...]. `axes` are negative."""
     one = (1,) * logits.ndim
     softcap = None if softcap is None else softcap.reshape(one)
     temperature = None if temperature is None else jnp.expand_dims(temperature, axes)
@@ -411,7 +410,7 @@ def rows_of(
 
 
 def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -> Losses:
-    """The loss of each example. Class ids are -1 for a bad one, and V for an empty place of several."""
+    """The loss of each example. A bad class id is -1, and an empty place of a `Sparse` is V."""
     kind: Kind = _rules.DISTRIBUTIONS
     class_weight, targets = None, None
     if isinstance(labels, TeacherRows):
@@ -427,11 +426,11 @@ def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -
         if options.label_smoothing is not None:
             targets = _targets(rows, rows.expand(labels), None, options)
             rows, targets = _axis.vary_alike(rows, targets)
-        else:  # only here the targets do not carry the class weights
+        else:  # only here the class weights are not part of the targets
             kind, targets, (rows,) = _rules.IDS, labels, _axis.vary_alike(rows)
             class_weight = class_weight_of(labels, options)
     rule = _rules.rule_forward if options.forward_mode else _rules.rule
-    # The comment is for the traceback that JAX prints where it cannot differentiate the call.
+    # JAX's error about forward mode shows this line, comment included.
     out = rule(kind, options.return_aux, rows, targets, options.counts)  # jvp: forward_mode=True
     for kept in out.kept:
         options = options.where(kept > 0)

@@ -1,10 +1,11 @@
 """The loss of a linear head, from hidden states and kernel. The N x V logits never exist.
 
-"mean" and "sum" know the cotangent of every loss but for one factor, so when they are differentiated
-the forward rule computes the gradients along with the value (6NDV operations, as with whole logits) and
-the backward rule scales them. "none" has to wait for its cotangents, and computes the logits again.
+"mean" and "sum" know the cotangent of every example up to one common factor. When they are
+differentiated, the forward rule computes the gradients along with the value (6NDV operations, as with
+stored logits) and the backward rule scales them. "none" must wait for its cotangents, so its backward
+rule computes the logits again.
 
-References: taking gradients in the forward pass is Liger-Kernel's idea (Hsu et al., 2024,
+References: computing gradients in the forward pass is Liger-Kernel's idea (Hsu et al., 2024,
 arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none" does here.
 """
 
@@ -214,7 +215,7 @@ def inputs(
     hidden: ArrayLike, kernel: ArrayLike, labels: Any, *, bias: ArrayLike | None,
     ignore_index: int | None, axis_name: AxisName, dtype: Any, **options: Any,
 ) -> Inputs:  # fmt: skip
-    """The arguments of `linear_softmax_cross_entropy`, by those names."""
+    """Check the arguments of `linear_softmax_cross_entropy`, given by their public names."""
     hidden = _arguments.array("hidden", hidden, "floating")
     kernel = _arguments.array("kernel", kernel, "floating")
     batch, num_classes = _arguments.head(hidden, kernel)
@@ -233,10 +234,10 @@ def inputs(
     if isinstance(labels, Teacher):
         for name in ("label_smoothing", "class_weights"):
             if getattr(checked, name) is not None:
-                raise ValueError(f"{name} must be left out with a Teacher, a softmax as it is")
+                raise ValueError(f"{name} must be left out if labels are a Teacher")
     count = num_classes * _axis.size(checked.axis_name)
     labels = _cross_entropy.checked(labels, count, checked.counts, has_ids)
-    # A wider kernel is narrowed by the rule, so that its gradient is not.
+    # The rule narrows a wider kernel, so that its gradient stays wide.
     kernel = kernel if kernel.dtype.itemsize >= dtype.itemsize else kernel.astype(dtype)
     return Inputs(hidden.astype(dtype), kernel, labels, bias, checked)
 
@@ -244,7 +245,7 @@ def inputs(
 def _labels(
     labels: Any, batch: tuple[int, ...], num_classes: int, ignore_index: int | None
 ) -> tuple[Any, int | None, bool]:
-    """The labels and `ignore_index`, checked, and whether they are class ids."""
+    """The checked labels and `ignore_index`, and whether labels are class ids."""
     if isinstance(labels, Sparse):
         return _arguments.sparse(labels, batch), ignore_index, False
     if isinstance(labels, Teacher):
@@ -261,9 +262,9 @@ def _labels(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for, [N...]."""
+    """The loss, and the aux if it is asked for."""
     options = inputs.options
-    # An example of weight 0 whose hidden state is not finite counts as not valid.
+    # An example of weight 0 is invalid if its hidden state is not finite.
     if options.weights is not None:
         harmless = (options.weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
         inputs = dataclasses.replace(inputs, options=options.where(harmless))
@@ -271,9 +272,9 @@ def loss_of(inputs: Inputs) -> Any:
     if options.forward_mode:
         loss, aux = _partition.by_loop(_head.values_forward, inputs)
     else:
-        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
+        # float16 gradients stay in range only if their scale is known: leave them to the backward rule.
         sums = options.reduction != "none" and inputs.hidden.dtype != jnp.float16
-        # The comment is for the traceback that JAX prints where it cannot differentiate the call.
+        # JAX's error about forward mode shows this line, comment included.
         loss, aux = _rule(sums, inputs)  # jvp: forward_mode=True
     if options.reduction != "none":
         like = _head.nothing(inputs, inputs.batch).loss
@@ -284,7 +285,7 @@ def loss_of(inputs: Inputs) -> Any:
 
 
 def _on_explicit_axes(inputs: Inputs) -> Any:
-    """Where JAX knows how the arguments are laid out: each device computes its part."""
+    """On a mesh with explicit axes JAX knows the layout: each device computes its own part."""
     sharding = jax.typeof(inputs.hidden).sharding
     layout = _partition.layout_of_arrays(inputs, sharding.mesh.shape)
     options = dataclasses.replace(
@@ -305,9 +306,8 @@ def _on_explicit_axes(inputs: Inputs) -> Any:
 
 
 def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
-    """Where only some axes are explicit, or there are no hidden states: `loss_of`, with the shardings
-    between its arguments and its results left to the compiler. Otherwise JAX would ask for that of every
-    gather and product."""
+    """`loss_of`, with the shardings inside left to the compiler. This is for meshes where only some axes
+    are explicit, and for empty `hidden`: JAX would ask for the sharding of every gather and product."""
     like = jax.typeof(inputs.hidden).sharding
     of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
     whole = NamedSharding(like.mesh, PartitionSpec())
@@ -318,9 +318,10 @@ def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
 
 
 def _varied(inputs: Inputs) -> Inputs:
-    """Inside `jax.shard_map`, what varies over a mesh axis makes all else vary: a kernel that each
-    device holds whole gets a gradient on each, and JAX sums them once, outside the rules. Over the
-    devices among which the classes are split, what meets the classes varies, and no loss does."""
+    """Inside `jax.shard_map`, make all arrays vary over the mesh axes that any of them varies over. A
+    kernel that is whole on every device then gets a gradient on each, and JAX sums these once, outside
+    the rules. Over the axes that split the classes, only arrays that meet the classes vary; the losses
+    do not."""
     (inputs,) = _axis.vary_alike(inputs, but=inputs.options.axis_name)
     arrays = inputs.arrays()
     names = (
@@ -335,19 +336,19 @@ def _varied(inputs: Inputs) -> Inputs:
 
 
 class _Residuals(NamedTuple):
-    """What is differentiated is known when the rule is traced, and the backward rule needs to know it.
-    But the residuals must be the same tree whatever that is, for JAX may take one trace's tree for
-    another's (of a jitted function that is differentiated by one argument, and by two). So every name
-    has an array, which is empty if its argument is not differentiated."""
+    """The backward rule must know which arguments are differentiated, which the forward rule sees while
+    tracing. But the residuals must always be the same tree: JAX may reuse the tree of another trace (of
+    a jitted function that is differentiated by one argument, then by two). So every argument has an
+    array here, empty if it is not differentiated."""
 
     inputs: Inputs
-    wanted: dict[str, Array]  # the gradients of the sum; anything, where that is not asked for
+    wanted: dict[str, Array]  # the gradients of the sum; any other numbers if "none" is asked for
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rule(sums: bool, inputs: Inputs) -> Values:
-    """The losses one by one, whose gradients take the logits once more; or their sum, whose gradients
-    are computed with it when it is differentiated."""
+    """The losses one by one, whose backward rule computes the logits again; or, if `sums`, their sum,
+    whose forward rule computes the gradients."""
     return _summed(sums, _partition.values(inputs))
 
 
@@ -358,7 +359,7 @@ def _summed(sums: bool, values: Values) -> Values:
 def _fwd(sums, inputs):
     wrapped: dict[str, Any] = inputs.arrays()
     inputs = inputs.having({k: x.value for k, x in wrapped.items()})
-    # Under `jax_custom_vjp3`, `jax.checkpoint` says of integers too that they are differentiated.
+    # Under `jax_custom_vjp3`, `jax.checkpoint` marks integers as differentiated, too.
     floats = {k for k, x in inputs.arrays().items() if jnp.issubdtype(x.dtype, jnp.floating)}
     wanted = frozenset(k for k in floats if wrapped[k].perturbed)
     if sums:
@@ -386,7 +387,7 @@ def _bwd(sums, residuals, cotangents):
     g = _axis.total_cotangent(inputs.options.axis_name, g)
     if is_scaled:
         gradients = {k: g.loss * x.astype(g.loss.dtype) for k, x in gradients.items()}
-    else:  # the gradients that were computed with the sum, if any, are not the ones asked for
+    else:  # gradients that the forward rule may have computed lack the cotangents of the aux
         _, gradients = _partition.gradients(frozenset(gradients), inputs, g)
     return (inputs.having({k: x.astype(arrays[k].dtype) for k, x in gradients.items()}),)
 

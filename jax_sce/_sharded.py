@@ -1,4 +1,4 @@
-"""The losses on a mesh, of global arrays."""
+"""The losses on global arrays that are split over a mesh."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def shard(
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["axis_name"] is not None:
-            raise ValueError("axis_name must be None: `shard` is told the axes of the mesh")
+            raise ValueError("axis_name must be None: pass classes to `shard` instead")
         on = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         if on.empty:
             raise ValueError("mesh must be given, or set by jax.set_mesh")
@@ -113,7 +113,7 @@ def shard(
             raise ValueError(f"mesh must have axes of one type, got {on.axis_types}")
         if any(
             jnp.size(x) == 0 for x in jax.tree.leaves(bound.arguments["labels"])
-        ):  # XLA compiles no program of no operands
+        ):  # XLA cannot compile a program without operands
             return loss(*args, **kwargs)
         arguments = inputs(**bound.arguments)
         options = dataclasses.replace(
@@ -130,17 +130,17 @@ def shard(
 
 
 class _Program(NamedTuple):
-    """What each device runs."""
+    """The program of each device, and how its arguments and results are split."""
 
     loss_of: Callable[..., Any]
-    layout: Layout | None  # of a head
+    layout: Layout | None  # for a head only
     in_specs: Any
     out_specs: Any
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(program: _Program, mesh: AnyMesh | None, on: AnyMesh) -> Callable[..., Any]:
-    """`mesh` may be None, for the ambient mesh; `on` is the mesh in either case, for the cache's key."""
+    """`mesh` is None for the ambient mesh. `on` is the mesh in both cases: the cache's key needs it."""
 
     def on_each_device(inputs: Any) -> Any:
         if program.layout is not None:
@@ -156,11 +156,11 @@ class _Split(NamedTuple):
     batch: tuple[str, ...]
     classes: tuple[str, ...]
 
-    def check_divides(self, what: str, size: int, axes: tuple[str, ...]) -> None:
+    def check_divides(self, name: str, size: int, axes: tuple[str, ...]) -> None:
         n = math.prod(self.mesh.shape[axis] for axis in axes)
         if size % n:
             over = f"over the {n} devices of {', '.join(axes)}"
-            raise ValueError(f"{what} must divide evenly {over}, got {size}")
+            raise ValueError(f"{name} must divide evenly {over}, got {size}")
 
 
 def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
@@ -170,11 +170,11 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
     if of_rows:
         of_axis[of_rows[0]] = split.batch
         split.check_divides("the first axis of the examples", shape[of_rows[0]], split.batch)
-    what = "the classes" if len(axes) == 1 else "the first class axis"
-    split.check_divides(what, shape[axes[0]], split.classes)
+    name = "the classes" if len(axes) == 1 else "the first class axis"
+    split.check_divides(name, shape[axes[0]], split.classes)
 
     def spec(x: Array) -> Any:
-        """Of an array of the logits' rank; one that is broadcast is whole."""
+        """The spec of an array of the logits' rank. Axes of size 1 are not split."""
         return _partition.spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
 
     row = _partition.spec(*(of_axis.get(axis) for axis in of_rows))
@@ -212,8 +212,8 @@ def _plan_head(split: _Split, inputs: _head.Inputs) -> _Program:
 
 
 def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of `batch` over which the kernel's features are known to be split. Where they are not
-    known, under `jax.jit` on a mesh with automatic axes, the compiler gathers it."""
+    """The axes of `batch` that are known to split the kernel's features. They are not known under
+    `jax.jit` on a mesh with automatic axes: there the compiler gathers the kernel."""
     sharding = jax.typeof(kernel).sharding
     if not isinstance(kernel, jax.core.Tracer) and isinstance(kernel.sharding, NamedSharding):
         sharding = kernel.sharding

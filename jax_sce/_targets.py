@@ -1,4 +1,4 @@
-"""Labels that are neither class ids nor distributions."""
+"""Labels other than class ids and distributions."""
 
 from __future__ import annotations
 
