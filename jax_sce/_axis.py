@@ -42,7 +42,7 @@ def largest(axis_name: AxisName, x: Array) -> Array:
 
 
 def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
-    """The place of the largest logit of all devices, given each device's own; the first of equal ones."""
+    """The place of the largest logit of all devices (the first of equal ones), given each device's."""
     if axis_name is None:
         return place
     leads = highest == largest(axis_name, highest)
