@@ -75,7 +75,8 @@ class Kernel:
 
 
 def kernels(text: str, *, every_branch: bool = False) -> list[Kernel]:
-    """The kernels of a compiled program, in the order of their launch."""
+    """The kernels of a compiled program, in the order of their launch. With `every_branch`, those of all
+    branches of conditionals."""
     module = _Module(text)
     return list(_visit(module, module.entry, 1, False, every_branch))
 
