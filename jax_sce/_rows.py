@@ -225,7 +225,7 @@ class Targets:
 
 
 class Statistics(NamedTuple):
-    """Of each row; both have the same shape. The sum of exponentials is `(1 + tail) e^max`."""
+    """The statistics of each row, in one shape. The sum of exponentials is `(1 + tail) e^max`."""
 
     max: Array
     tail: Array
