@@ -1,4 +1,4 @@
-"""The arguments, checked once: converted to arrays, refused in one wording each, and passed on whole."""
+"""Check the arguments once, convert them to arrays, and pass the options on as one object."""
 
 import dataclasses
 import math
@@ -11,23 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from . import _axis
 from ._axis import AxisName
 from ._rows import STATIC, compute_dtype
 from ._targets import Sparse, Teacher
+from ._types import ArrayLike
 
 REDUCTIONS = ("none", "sum", "mean")
-_CUT_BY_JAX = (np.int64, np.uint64)  # to 32 bits, without x64, where they are NumPy's
+_CUT_BY_JAX = (np.int64, np.uint64)  # NumPy's, to 32 bits, unless x64 is enabled
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every loss takes besides logits and labels. None where an array is not used, so that it costs
-    nothing; numbers are in the dtype that the loss is computed in."""
+    """The options of every loss. An array that is not used is None, so it costs nothing. Numbers are in
+    the dtype that the loss is computed in."""
 
     valid: Array | None = None  # bool, [N...]: the examples that count, unless their weight is 0
     weights: Array | None = None  # [N...]
@@ -38,20 +38,20 @@ class Options:
     temperature: Array | None = None  # [N...]
     ignore_index: int | None = field(default=None, metadata=STATIC)
     reduction: str = field(default="none", metadata=STATIC)
-    axis_name: AxisName = field(default=None, metadata=STATIC)  # that splits the classes
-    batch_axis: AxisName = field(default=None, metadata=STATIC)  # of a reduction over all examples
+    axis_name: AxisName = field(default=None, metadata=STATIC)  # mesh axes of the classes
+    batch_axis: AxisName = field(default=None, metadata=STATIC)  # mesh axes of all examples
     forward_mode: bool = field(default=False, metadata=STATIC)
     return_aux: bool = field(default=False, metadata=STATIC)
     chunk_size: int | None = field(default=None, metadata=STATIC)
     precision: Any = field(default=None, metadata=STATIC)  # of the head's products
 
     def arrays(self) -> dict[str, Array]:
-        """Those that are used, by name."""
+        """The arrays that are used, by name."""
         fields = {name: getattr(self, name) for name in _ARRAYS}
         return {name: x for name, x in fields.items() if x is not None}
 
     def where(self, keep: Array | None) -> "Options":
-        """The same for fewer examples: those that `keep` keeps, too."""
+        """Leave out the examples where `keep` is False, too."""
         if keep is None:
             return self
         valid = keep if self.valid is None else self.valid & keep
@@ -59,7 +59,7 @@ class Options:
 
     @property
     def counts(self) -> Array | None:
-        """bool, [N...]: the valid examples of a weight other than 0; None for all."""
+        """bool, [N...]: which examples are valid and have a weight other than 0; None for all."""
         if self.weights is None:
             return self.valid
         return self.where(self.weights != 0).valid
@@ -77,7 +77,7 @@ def options(
     axis_name: AxisName, forward_mode: bool, return_aux: bool, chunk_size: int | None = None,
     precision: Any = None,
 ) -> Options:  # fmt: skip
-    """The options of a loss of examples [N...] with logits of that dtype, by their public names."""
+    """Check the options, given by their public names. `dtype` is that of the logits."""
     dtype = compute_dtype(dtype)
 
     def number(name: str, x: ArrayLike, interval: str | None = None) -> Array | None:
@@ -113,8 +113,8 @@ def options(
 def masks(
     where: ArrayLike | None, logits_shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
-    """`where` as a mask of examples, [N...], or of classes, of the logits' rank. The rank alone
-    decides."""
+    """`where` as a mask of examples, [N...], or as a mask of classes, with the logits' rank. Only its
+    rank decides."""
     if where is None:
         return None, None
     where = array("where", where, "bool")
@@ -138,8 +138,10 @@ def batch_shape(logits_shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[i
     return tuple(size for axis, size in enumerate(logits_shape) if axis not in axes)
 
 
-def labels(x: ArrayLike, has_ids: bool, ignore_index: Any) -> tuple[Array, int | None]:
-    """Labels as an array, of integers if they are class ids, and `ignore_index` as it is among them."""
+def labels(
+    x: ArrayLike, has_ids: bool, ignore_index: Any, advice: str = ""
+) -> tuple[Array, int | None]:
+    """Labels as an array (of integers, if they are class ids), and the value of `ignore_index` in it."""
     ignored = integer_or_none("ignore_index", ignore_index)
     if isinstance(x, Sparse):
         raise TypeError("labels must be class ids, got Sparse, which softmax_cross_entropy takes")
@@ -147,22 +149,24 @@ def labels(x: ArrayLike, has_ids: bool, ignore_index: Any) -> tuple[Array, int |
         raise TypeError("labels must not be a Teacher, which linear_softmax_cross_entropy takes")
     if not has_ids:
         return array("labels", x, "real"), ignored
-    return class_ids("labels", x, ignored)
+    return class_ids("labels", x, ignored, advice)
 
 
-def class_ids(name: str, x: ArrayLike, ignored: int | None) -> tuple[Array, int | None]:
+def class_ids(
+    name: str, x: ArrayLike, ignored: int | None, advice: str = ""
+) -> tuple[Array, int | None]:
     if not isinstance(x, jax.Array) and jax.dtypes.canonicalize_dtype(np.int64) == np.int32:
         x, ignored = _narrowed(x, ignored)
-    return array(name, x, "integer"), ignored
+    return array(name, x, "integer", advice=advice), ignored
 
 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
-    """NumPy's and Python's integers in 32 bits. JAX would cut larger ones, and a bad label would become
-    another class: here they become -1 or the largest there is, and ignored ones -2."""
+    """Convert NumPy's and Python's integers to 32 bits. JAX would cut larger ones, which turns a bad
+    label into another class. Here they become -1 or the largest int32, and ignored ones become -2."""
     try:
         wide = _wide_integers(x)
     except (TypeError, ValueError):
-        return x, ignored  # `array` takes it, or says what is wrong
+        return x, ignored  # `array` accepts it, or raises
     if wide is None:
         return x, ignored
     fits = (wide >= np.iinfo(np.int32).min) & (wide <= np.iinfo(np.int32).max)
@@ -174,18 +178,18 @@ def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]
 
 
 def _wide_integers(x: Any) -> np.ndarray | None:
-    """Integers that may not fit in 32 bits, in an array of NumPy's; None for anything else."""
+    """Integers that may not fit in 32 bits, as a NumPy array; None for anything else."""
     if not isinstance(x, int | list | tuple):
         wide = np.asarray(x)
         return wide if wide.dtype in _CUT_BY_JAX else None
-    wide = np.asarray(x, dtype=object)  # for Python's integers may be of any size
+    wide = np.asarray(x, dtype=object)  # Python's integers may have any size
     if any(isinstance(n, bool) for n in wide.flat):
         return None
     return np.array([operator.index(n) for n in wide.flat], object).reshape(wide.shape)
 
 
 def sparse(labels: Sparse, batch: tuple[int, ...]) -> Sparse:
-    """With arrays [N..., K], integers and floats."""
+    """Check the arrays, [N..., K], and convert `values` to floats."""
     ids, _ = class_ids("labels.ids", labels.ids, None)
     if ids.shape[:-1] != batch or ids.ndim != len(batch) + 1 or ids.shape[-1] == 0:
         raise ValueError(
@@ -202,7 +206,7 @@ def _with_axis(batch: tuple[int, ...], axis: str) -> str:
 
 
 def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teacher:
-    """With arrays, constants, and temperatures [N...]."""
+    """Check the arrays, broadcast the temperature to [N...], and make all of them constants."""
     hidden = array("labels.hidden", labels.hidden, "floating")
     kernel = array("labels.kernel", labels.kernel, "floating")
     if hidden.ndim != len(batch) + 1 or hidden.shape[:-1] != batch:
@@ -225,16 +229,16 @@ def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teache
     return Teacher(*jax.lax.stop_gradient(arrays), divergence=is_divergence)
 
 
-def rank_of_labels(x: ArrayLike) -> int:
-    """The number of their axes, before their dtype is known."""
+def rank_of_labels(x: Any) -> int:
+    """The rank of labels whose dtype is not checked yet."""
     try:
         return np.ndim(x)
     except (TypeError, ValueError):
-        return array("labels", x, "real").ndim  # says what is wrong
+        return array("labels", x, "real").ndim  # or raises
 
 
 def not_ignored(labels: Array, ignore_index: int | None) -> Array | None:
-    """bool, [N...]: the labels other than `ignore_index`, compared without wrapping; None for all."""
+    """bool, [N...]: which labels differ from `ignore_index`; None for all. No integer wraps around."""
     if ignore_index is None:
         return None
     info = jnp.iinfo(labels.dtype)
@@ -253,19 +257,22 @@ _KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None = None) -> Array:
-    """`x` as an array of a dtype of that kind and, if one is expected, of that shape."""
+def array(
+    name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None = None,
+    noun: str = "an array", advice: str = "",
+) -> Array:  # fmt: skip
+    """`x` as an array. Its dtype must be of that kind, and its shape the expected one, if any."""
     if x is None or isinstance(x, str):
-        raise TypeError(f"{name} must be an array, got {x!r}")
+        raise TypeError(f"{name} must be {noun}, got {x!r}")
     if kind == "real" and isinstance(x, np.ndarray | np.generic) and x.dtype in _CUT_BY_JAX:
         x = x.astype(np.float64)
     try:
         out = jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}: {error}") from error
-    what, dtypes = _KINDS[kind]
+        raise TypeError(f"{name} must be {noun}, got {type(x).__name__}: {error}") from error
+    expectation, dtypes = _KINDS[kind]
     if not any(jnp.issubdtype(out.dtype, dtype) for dtype in dtypes):
-        raise TypeError(f"{name} must {what}, got {out.dtype}")
+        raise TypeError(f"{name} must {expectation}, got {out.dtype}{advice}")
     if jnp.issubdtype(out.dtype, jnp.floating) and out.dtype.name not in FLOATS:
         raise TypeError(f"{name} must have a dtype among {', '.join(FLOATS)}, got {out.dtype}")
     if expected is not None:
@@ -273,39 +280,45 @@ def array(name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None =
     return out
 
 
-def shape(name: str, x: Array, expected: tuple[int, ...]) -> None:
+def shape(name: str, x: Array, expected: tuple[int, ...], advice: str = "") -> None:
     if x.shape != expected:
-        raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
+        raise ValueError(f"{name} must have shape {expected}, got {x.shape}{advice}")
 
 
 def of_examples(
     name: str, x: ArrayLike, batch: tuple[int, ...], interval: str | None = None
 ) -> Array:
-    """A number for each example, [N...]; a scalar, or axes of size 1, serve several."""
-    numbers = array(name, x, "real")
+    """One number for each example, [N...]. A scalar and axes of size 1 broadcast."""
+    numbers = array(name, x, "real", noun="a number or an array")
     check_interval(name, x, interval)
     if numbers.shape == batch:
         return numbers
     if numbers.ndim and not (numbers.ndim == len(batch) and _broadcasts(numbers.shape, batch)):
         raise ValueError(
-            f"{name} must be a scalar or have shape {batch}, or 1 in place of some of these sizes, "
+            f"{name} must be a number or have shape {batch}, or 1 in place of some of these sizes, "
             f"got {numbers.shape}"
         )
     return jnp.broadcast_to(numbers, batch)
 
 
 def scalar(name: str, x: ArrayLike, interval: str | None = None) -> Array:
-    """`x` as a real scalar. If its value is known when tracing, it must lie in the interval, such as
+    """`x` as a real scalar. If its value is known while tracing, it must lie in the interval, e.g.
     "(0, inf)"."""
-    number = array(name, x, "real", ())
+    number = array(name, x, "real", noun="a number")
+    if number.ndim:
+        raise ValueError(f"{name} must be a number, got an array of shape {number.shape}")
     check_interval(name, x, interval)
     return number
 
 
-def check_interval(name: str, x: ArrayLike, interval: str | None) -> None:
-    if interval is None or isinstance(x, jax.core.Tracer):
+def check_interval(name: str, x: Any, interval: str | None) -> None:
+    if interval is None:
         return
-    values, (low, high) = np.ravel(np.asarray(x)), map(float, interval[1:-1].split(","))
+    try:
+        values = np.ravel(np.asarray(x))
+    except jax.errors.TracerArrayConversionError:
+        return
+    low, high = map(float, interval[1:-1].split(","))
     above = values > low if interval[0] == "(" else values >= low
     below = values < high if interval[-1] == ")" else values <= high
     outside = values[~(above & below)]
@@ -338,14 +351,14 @@ def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
 
 
 def check_classes(name: str, count: Any, got: str) -> None:
-    if not isinstance(count, int):  # in an exported program: only the examples may be symbolic
+    if not isinstance(count, int):  # in an exported program, where only examples may be symbolic
         raise ValueError(f"{name} must have a known number of classes, got {got}")
     if count == 0:
         raise ValueError(f"{name} must have at least one class, got {got}")
 
 
 def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
-    """The shape of the examples, N..., and V, of `hidden` [N..., D] and `kernel` [D, V]."""
+    """The shape of the examples, N..., and V, from `hidden` [N..., D] and `kernel` [D, V]."""
     if hidden.ndim == 0:
         raise ValueError("hidden must have shape (..., features), got ()")
     if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
@@ -359,7 +372,7 @@ def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
 
 
 def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
-    """That of the head's products: `dtype`, or the wider of the operands'."""
+    """The dtype of the head's products: `dtype`, or the wider one of the operands."""
     if dtype is None:
         return wider("hidden", hidden, "kernel", kernel, ", unless dtype is given")
     try:
@@ -375,7 +388,7 @@ def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
 
 
 def wider(name: str, x: Array, other: str, y: Array, advice: str = "") -> jnp.dtype:
-    """The dtype of both, as JAX promotes them."""
+    """The dtype that JAX promotes both to."""
     try:
         return jnp.promote_types(x.dtype, y.dtype)
     except ValueError:
@@ -384,7 +397,7 @@ def wider(name: str, x: Array, other: str, y: Array, advice: str = "") -> jnp.dt
 
 
 def product_precision(x: Any) -> Any:
-    """As `jax.numpy.dot` takes it, which says what is wrong with another."""
+    """A precision that `jax.numpy.dot` accepts. Its own error explains a wrong one."""
     if x is not None:
         one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
         try:
@@ -425,12 +438,12 @@ def positive_or_none(name: str, x: Any) -> int | None:
 
 
 def mesh_axes(name: str, x: Any) -> tuple[str, ...]:
-    """The names of mesh axes; None is none."""
+    """The names of mesh axes as a tuple."""
     if x is None:
         return ()
     axes = (x,) if isinstance(x, str) else x
     if not isinstance(axes, tuple) or not axes or not all(isinstance(n, str) for n in axes):
-        raise TypeError(f"{name} must be the name of a mesh axis, several or None, got {x!r}")
+        raise TypeError(f"{name} must be a mesh axis, a tuple of mesh axes or None, got {x!r}")
     return axes
 
 
@@ -443,7 +456,7 @@ def split_over(name: str, x: Array, axis_name: AxisName) -> None:
 
 
 def manual_axes(name: str, x: Any) -> AxisName:
-    """Those that `jax.shard_map` splits its arguments over here."""
+    """`x`, if it names axes of the `jax.shard_map` that we are in."""
     for axis in mesh_axes(name, x):
         try:
             _axis.size(axis)

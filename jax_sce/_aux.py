@@ -1,4 +1,6 @@
-"""What the losses know of each example besides its loss."""
+"""What the losses return for each example besides the loss."""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -9,20 +11,26 @@ from . import _axis, _backend, _layout
 from ._rows import Rows
 from ._weighting import Losses, only
 
-NO_RANK = 2**31 - 1  # less than no k
+NO_RANK = 2**31 - 1  # in no top k
 
 
 class CrossEntropyAux(NamedTuple):
-    """What a loss knows of each example, [N...] each. A field that is not used costs nothing.
+    """Further results of a loss, [N...] each. An unused field costs nothing.
 
-    log_normalizer: float32 (float64 for float64 inputs), differentiated exactly.
-    prediction: int32, the class of the largest logit, the lowest of several.
-    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent class adds nothing.
-    rank: int32, how many classes are above the label; of equal ones the lower is above. The label is
-      among the top k where it is less than k. None if labels are not class ids.
-    teacher_entropy: of a `Teacher`'s softmax, a constant. None without one.
+    log_normalizer: float32 (float64 for float64 inputs), differentiated
+      exactly.
+    prediction: int32, the class of the largest logit, the lowest of equal ones.
+    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent class
+      adds nothing.
+    rank: int32, how many classes rank above the label; of equal logits the
+      lower class ranks above. The label is among the top k if its rank is less
+      than k. None if labels are not class ids.
+    teacher_entropy: The entropy of a `Teacher`'s softmax, a constant. None
+      without a `Teacher`.
 
-    Examples that do not count have 0, a prediction of -1, and a rank of 2^31 - 1, as bad labels have."""
+    An example that does not count has 0, prediction -1, and rank 2^31 - 1. A
+    bad label has that rank, too.
+    """
 
     log_normalizer: Array
     prediction: Array
@@ -32,7 +40,7 @@ class CrossEntropyAux(NamedTuple):
 
 
 def aux_of(rows: Rows, ids: Array | None, losses: Losses, counts: Array | None) -> CrossEntropyAux:
-    """Of rows with those class ids, [N...], -1 for a bad one, or with other labels."""
+    """`ids` are class ids, [N...], with -1 for a bad one, or None for other labels."""
     return CrossEntropyAux(
         losses.log_normalizer,
         _prediction(rows, counts),
@@ -43,7 +51,8 @@ def aux_of(rows: Rows, ids: Array | None, losses: Losses, counts: Array | None) 
 
 
 def _raw(rows: Rows) -> Array:
-    return rows.masked(lax.stop_gradient(rows.logits))  # soft-cap and temperature keep the order
+    # Soft-cap and temperature keep the order of the logits.
+    return rows.masked(lax.stop_gradient(rows.logits))
 
 
 def _prediction(rows: Rows, counts: Array | None) -> Array:
@@ -58,7 +67,7 @@ def _rank(rows: Rows, ids: Array, counts: Array | None) -> Array:
     labels, logits = rows.expand(ids), _raw(rows)
     pick = _backend.laid_out(rows, _at, lambda _, of_row: of_row)
     at_label = _axis.largest(rows.axis_name, pick(rows, logits, labels))
-    # NaN is above everything else, as in the prediction.
+    # NaN ranks above everything else, as in the prediction.
     is_nan, label_is_nan = jnp.isnan(logits), jnp.isnan(at_label)
     is_equal = (logits == at_label) | (is_nan & label_is_nan)
     is_above = (logits > at_label) | (is_nan & ~label_is_nan)

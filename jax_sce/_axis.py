@@ -1,12 +1,14 @@
-"""Classes split over a mesh axis, inside `jax.shard_map`: what crosses it, and what varies over it.
+"""Classes that a mesh axis splits, inside `jax.shard_map`: how devices communicate, and which values
+vary over the axis.
 
-Each device holds as many classes as the others, in the order of the axis. Of a row only sums over its
-classes and its largest logit cross. Where `axis_name` is None nothing is split and all here is identity.
+All devices hold equally many classes, in the order of the axis. For each row they exchange only its
+largest logit and sums over its classes. If `axis_name` is None, nothing is split and every function
+here is the identity.
 
-JAX tracks which values vary over a mesh axis, and sums the cotangent of a value that does not where it
-meets one that does. So a value that all devices share is made to vary before a rule, and its gradient
-is summed once, outside. With `check_vma=False` JAX tracks nothing. Then a sum's result belongs to each
-device by itself, and its cotangent is the sum of what the devices have (`total_cotangent`)."""
+JAX tracks which values vary over a mesh axis. Where a value that does not vary meets one that does, JAX
+sums its cotangent over the axis. So values that all devices share are made to vary before a rule: their
+gradients are then summed once, outside. With `check_vma=False` JAX tracks nothing. Then each device has
+a sum's result for itself, and its cotangent is the sum over the devices (`total_cotangent`)."""
 
 import functools
 from typing import Any
@@ -19,12 +21,12 @@ AxisName = str | tuple[str, ...] | None
 
 
 def size(axis_name: AxisName) -> int:
-    """Over how many devices the classes are split."""
+    """The number of devices that the classes are split over."""
     return 1 if axis_name in (None, ()) else lax.axis_size(axis_name)
 
 
 def offset(axis_name: AxisName, num_classes: int) -> Array | int:
-    """The first class here, of `num_classes` on each device."""
+    """The first class on this device, if each has `num_classes`."""
     return 0 if axis_name in (None, ()) else lax.axis_index(axis_name) * num_classes
 
 
@@ -34,13 +36,13 @@ def total(axis_name: AxisName, x: Array) -> Array:
 
 
 def largest(axis_name: AxisName, x: Array) -> Array:
-    """The maximum over the devices; a constant to JAX's differentiation."""
+    """The maximum over the devices. JAX differentiates it as a constant."""
     x = lax.stop_gradient(x)  # `lax.pmax` has no derivative
     return x if axis_name is None else lax.pmax(x, axis_name)
 
 
 def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
-    """Of the places of each device's largest logit, that of the largest of all, the first of several."""
+    """The place of the largest logit of all devices (the first of equal ones), given each device's."""
     if axis_name is None:
         return place
     leads = highest == largest(axis_name, highest)
@@ -48,7 +50,7 @@ def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
 
 
 def total_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
-    """The cotangents of a rule's results, summed over the devices if JAX does not do it."""
+    """Sum the cotangents of a rule's results over the devices, if JAX does not do it."""
     return cotangents if _is_followed(axis_name) else lax.psum(cotangents, axis_name)
 
 
@@ -64,14 +66,14 @@ def _is_followed(axis_name: AxisName) -> bool:
 
 
 def whole_over(axis_name: AxisName, x: Array) -> tuple[str, ...]:
-    """The axes over which JAX knows that all devices have the same `x`, though it should be split."""
+    """The axes that should split `x`, but over which JAX knows it to be the same on all devices."""
     if axis_name is None or not _is_followed(axis_name):
         return ()
     return tuple(sorted(n for n in names(axis_name) - varying(x) if size(n) > 1))
 
 
 def varying(x: Array) -> frozenset[str]:
-    """The mesh axes over which JAX knows it to vary."""
+    """The mesh axes over which JAX knows `x` to vary."""
     return jax.typeof(x).mat.varying
 
 
@@ -81,7 +83,7 @@ def vary(x: Array, axes: frozenset[str]) -> Array:
 
 
 def vary_alike(*trees: Any, but: AxisName = None) -> Any:
-    """Made to vary over all axes, `but` aside, that any of them varies over."""
+    """Make all arrays vary over the axes that any of them varies over, except `but`."""
     axes = frozenset[str]().union(*(varying(x) for x in jax.tree.leaves(trees))) - names(but)
     return jax.tree.map(functools.partial(vary, axes=axes), trees)
 

@@ -1,16 +1,16 @@
-"""The seam: which code computes a row operation on the platform that a program is compiled for.
+"""The seam: choose the code of a row operation for the platform that a program is compiled for.
 
-`_rows.py` has each row operation in plain JAX. Here each is bound as one primitive, and takes from its
-plain form the derivative, the batching rule and the fallback. A platform in `BACKENDS` may replace it:
-by a kernel, an opaque call, or by another form in plain JAX that its compiler likes better. Nothing
-above knows of platforms.
+`_rows.py` has each row operation in plain JAX. Here each is bound as one primitive, whose derivative,
+batching rule and fallback come from the plain form. A platform in `BACKENDS` may replace it by a kernel
+(an opaque call), or by another form in plain JAX that suits its compiler. No code above this file knows
+about platforms.
 
 A kernel computes the rows of one device. In a program for one device, or inside `jax.shard_map` over
-all axes of the mesh, it is called as it is. In a program that the compiler splits over devices,
-`custom_partitioning` calls it on each device for its own rows; where the classes are split, the plain
-form runs on each device and the statistics of the parts are merged. Everywhere else the plain form is
-used: exported programs, which must run where there is no kernel, meshes with explicit axes, and partly
-manual ones. `_partition.py` binds a head by the same pieces."""
+all axes of the mesh, it is called directly. In a program that the compiler splits over devices,
+`custom_partitioning` calls it on each device for the device's own rows; if the classes are split, the
+plain form runs on each device and the statistics of the parts are merged. Everywhere else the plain form
+is used: in exported programs, which must run without the kernel, on meshes with explicit axes, and in
+partly manual ones. `_partition.py` binds a head in the same way."""
 
 import dataclasses
 import functools
@@ -30,12 +30,12 @@ from ._rows import Rows
 
 
 class Backend(NamedTuple):
-    """What a platform computes in its own way, by the names of the operations."""
+    """How a platform computes the operations, by their names."""
 
     kernels: Mapping[str, Callable]  # opaque calls, with the arguments of the operation
-    supports: Callable[..., bool]  # are there kernels for arguments (or their shapes) like these?
+    supports: Callable[..., bool]  # is there a kernel for such arguments (or their shapes)?
     forms: Mapping[str, Callable]  # other plain forms
-    loop: Loop  # how a head runs over its chunks
+    loop: Loop  # the loop of a head over its chunks
 
 
 BACKENDS = {
@@ -43,7 +43,7 @@ BACKENDS = {
     "cuda": Backend(_gpu.KERNELS, _gpu.supports, {}, _chunks.LOOP),
 }
 _NONE = Backend({}, lambda *_: False, {}, _chunks.LOOP)
-_PARTITIONS = ("cpu", "cuda")  # that are known to serve `custom_partitioning`; TPUs do not
+_PARTITIONS = ("cpu", "cuda")  # platforms known to support `custom_partitioning`; TPUs do not
 
 
 def backend_of(platform: str | None) -> Backend:
@@ -51,11 +51,12 @@ def backend_of(platform: str | None) -> Backend:
 
 
 class Operation(NamedTuple):
-    """A function of `Rows` and of arrays of their rank."""
+    """A function of `Rows` and of arrays with their rank."""
 
     plain: Callable
     num_statistics: int = 0  # results that are [N, 1]; 0 for a cotangent
-    # What statistics are, given the maximum: for their derivative. With a mask these give one more.
+    # The statistics as sums, given the maximum, for their derivative. With a mask there is one statistic
+    # more.
     sums: Callable | None = None
 
     @property
@@ -82,9 +83,9 @@ def _bind(operation: Operation, rows: Rows, *args: Any) -> Any:
 
 
 def laid_out(rows: Rows, function: Callable, results: Callable[[Any, Any], Any]) -> Callable:
-    """`function`, on a mesh with explicit axes too: there its results follow the logits, and the
-    compiler lays out what is between. `results` gives the tree of them, from what stands for [N, V] and
-    for [N, 1]."""
+    """`function`, made to work also on a mesh with explicit axes: its results are laid out like the
+    logits, and the compiler lays out what is in between. `results(x, y)` is the tree of the results with
+    x for [N, V] and y for [N, 1]."""
     sharding, ndim = jax.typeof(rows.logits).sharding, rows.logits.ndim
     if not sharding.mesh.explicit_axes:
         return function
@@ -116,7 +117,7 @@ def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> l
 
 @functools.cache
 def _primitive(operation: Operation):
-    """Made on first use: what it needs takes long to import."""
+    """Made on first use: its imports take long."""
 
     def eager(*leaves, tree):  # under `jax.disable_jit`
         backend = backend_of(jax.default_backend())
@@ -137,7 +138,7 @@ def _primitive(operation: Operation):
         return out, _rows.statistics_tangents(operation.sums, out, args, dots)
 
     def batch(leaves, dims, *, tree):
-        # Every array has the rank of the logits and broadcasts to them: one more axis, in front.
+        # Every array has the rank of the logits and broadcasts to them: add one axis in front.
         (size,) = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
         leaves = [
             x[None] if d is None else jnp.moveaxis(x, d, 0)
@@ -158,9 +159,9 @@ def _primitive(operation: Operation):
 def primitive(
     name: str, eager: Callable, shapes: Callable, choose: Callable, jvp: Callable, batch: Callable
 ):
-    """A primitive with several results. `choose(platform, context, **params)` gives the function that it
-    is lowered to, of its operands, and the context of that; `jvp` gets tangents as rules with
-    `symbolic_zeros` do."""
+    """A primitive with several results. `choose(platform, context, **params)` returns the function of
+    the operands that it is lowered to, and the context for that. `jvp` gets tangents like a rule with
+    `symbolic_zeros`."""
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
@@ -186,12 +187,12 @@ def primitive(
 
 
 def spec_of(sharding: Any, rank: int) -> list[Any]:
-    """Its partition spec, with an entry for each axis of an array."""
+    """The partition spec of a sharding, with an entry for each axis."""
     return [*sharding.spec, *[None] * (rank - len(sharding.spec))]
 
 
 def flat(function: Callable, tree: Any) -> Callable[..., list[Array]]:
-    """The function of arrays alone."""
+    """`function` of the leaves of its arguments, returning the leaves of its result."""
     return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
 
@@ -202,10 +203,10 @@ def _choose(operation: Operation, platform: str | None, context, tree) -> tuple[
     kernel = backend.kernels.get(operation.name)
     args = jax.tree.unflatten(tree, context.avals_in)
     if kernel is not None and backend.supports(operation.name, *args):
-        what = program(context)
-        if what == "local":
+        kind = program(context)
+        if kind == "local":
             return flat(kernel, tree), context
-        if what == "split" and len(args[0].axes) == 1:
+        if kind == "split" and len(args[0].axes) == 1:
             on_devices = with_devices(context, platform)
             if on_devices is not None:
                 return _partitioned(operation, kernel, form, args), on_devices
@@ -213,14 +214,14 @@ def _choose(operation: Operation, platform: str | None, context, tree) -> tuple[
 
 
 def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -> Callable:
-    """The operation on each device: split as the logits are, each has its own rows."""
+    """The operation on each device, for its own rows. All arrays are split like the logits."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
     (axis,), shape = args[0].axes, args[0].logits.shape
     avals, tree = jax.tree.flatten(args)
 
     def rule(mesh, operands, results):
-        """The axes of each array: those of the logits where it is as long."""
+        """Name the axes of each array: an axis as long as the logits' has the logits' name."""
         names = [
             " ".join(f"n{a}" if n == shape[a] else f"x{i}_{a}" for a, n in enumerate(x.shape))
             for i, x in enumerate([*avals, *results])
@@ -246,7 +247,7 @@ def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -
 
 
 def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Rows, *args: Any):
-    """The operation on a device that has a part of each row's classes."""
+    """The operation on a device that holds a part of each row's classes."""
     first_class = jnp.asarray(_axis.offset(axis_name, rows.num_classes), jnp.int32)
     rows = dataclasses.replace(rows, first_class=first_class.reshape((1,) * rows.logits.ndim))
     if not operation.num_statistics:
@@ -260,9 +261,9 @@ def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Ro
 
 
 def program(context) -> str:
-    """What is being compiled: "local", for one device or for each by itself; "split" over devices by
-    the compiler; or neither. If a later JAX has moved what this reads, it is neither: the plain form is
-    used."""
+    """The kind of program that is being compiled: "local", for one device or for each by itself;
+    "split" over devices by the compiler; or another. If a later JAX moves what this reads it is another,
+    and the plain form is used."""
     try:
         module = context.module_context
         for_export, axes = module.lowering_parameters.for_export, module.axis_context
@@ -285,10 +286,10 @@ def num_devices(context) -> int:
 
 
 def with_devices(context, platform: str | None) -> Any:
-    """The context, naming devices, which `custom_partitioning` needs and JAX gives only to programs with
-    a single mesh. Any will do, even the same one many times, for only their number counts. They stand in
-    a mesh of p x p x ..., p a prime, which can express every even split. None if their number is no
-    power of a prime, or if the platform does not serve `custom_partitioning`."""
+    """The context with devices, which `custom_partitioning` needs and JAX gives only to programs with a
+    single mesh. Only their number counts, so the same device may be repeated. They form a mesh of
+    p x p x ... with a prime p, which can express every even split. None if their number is not a power
+    of a prime, or if the platform does not support `custom_partitioning`."""
     try:
         if platform not in _PARTITIONS:
             return None

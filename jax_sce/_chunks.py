@@ -1,9 +1,8 @@
-"""How a head processes its examples: in shards, in chunks, those that count first; and the pieces of a
-chunk.
+"""How a head cuts its examples into shards and chunks, and the operations on a chunk.
 
-The N examples are L shards of n, and a chunk takes c from each shard: C = L c. In a loop that the
-compiler splits there is a shard for each device, so that each has its part of every chunk and no example
-travels. In the loop of one device there is one shard."""
+The N examples are L shards of n, and a chunk takes c examples from each shard: C = L c. Examples that
+count come first. In a loop that the compiler splits, each device has a shard, hence its part of every
+chunk, and no example is sent. In the loop of one device there is one shard."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ from ._rows import compute_dtype
 
 
 class Size(NamedTuple):
-    """How many examples a chunk should have, of V logits each."""
+    """How many examples a chunk should have, with V logits each."""
 
-    logits: int  # so many logits are enough to run at full rate,
-    least: int  # if they are of so many examples, for the kernel's sake;
-    most: int  # more examples gain nothing,
-    budget: int  # and more logits cost too much memory, come what may
+    logits: int  # this many logits run at full rate,
+    least: int  # if the chunk has at least this many examples: the kernel's traffic
+    most: int  # more examples gain nothing
+    budget: int  # never more logits than this: memory
 
     def examples(self, num_classes: int) -> int:
         enough = min(max(self.logits // num_classes, self.least), self.most)
@@ -32,14 +31,14 @@ class Loop(NamedTuple):
     """How a platform runs the loop over the chunks."""
 
     gradients: Size
-    values: Size  # where no gradient is computed
+    values: Size  # without gradients
     products: Callable
     take: Callable
-    devices: int = 1  # over so many the compiler may split the examples
+    devices: int = 1  # the compiler may split the examples over this many
 
 
 class Plan(NamedTuple):
-    """How the work is laid out, all of it known when tracing."""
+    """The cut into shards and chunks, known while tracing."""
 
     shards: int  # L
     per_shard: int  # n
@@ -61,9 +60,9 @@ def ceil_div(a: int, b: int) -> int:
 def plan(
     num_examples: int, num_classes: int, devices: int, size: Size, chunk_size: int | None
 ) -> Plan:
-    """Chunks as even as they can be, of at most `chunk_size` examples or else as the platform likes
-    them. In a program exported for any number of examples that number is an expression: it divides and
-    has a maximum, but has no order, and differs from all that it is not known to equal."""
+    """Chunks as even as possible, with at most `chunk_size` examples, or as `size` says. In a program
+    exported for any number of examples, `num_examples` is an expression: it has division and a maximum,
+    but no order, and it equals only what it is known to equal."""
     wanted = chunk_size or size.examples(num_classes)
     chunks = jax.core.max_dim(ceil_div(num_examples, wanted), 1)
     divisors = (n for n in range(1, devices + 1) if devices % n == 0 == num_examples % n)
@@ -73,8 +72,8 @@ def plan(
 
 
 def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
-    """The examples of each shard, [L, n and a chunk more], those that count first, and how many those
-    are at most. Behind the last example of a shard stands n, which is none."""
+    """The examples of each shard, [L, n + c], those that count first, and the largest number that count
+    in a shard. The last c entries are n, which stands for no example."""
     ids = jnp.broadcast_to(jnp.arange(plan.per_shard), plan.shape)
     most: Array | int = plan.per_shard
     if counts is not None:
@@ -83,14 +82,13 @@ def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
     return jnp.pad(ids, ((0, 0), (0, plan.chunk)), constant_values=plan.per_shard), most
 
 
-# There is no `jax.vmap` in these two: JAX takes it for an outer one with `spmd_axis_name`, and the index
-# checks of checkify fail on the scatter that it makes, as they do on a gather that is not jitted under
-# `jax.checkpoint`.
+# These two do not use `jax.vmap`: JAX mistakes it for an outer one with `spmd_axis_name`, and checkify's
+# index checks fail on its scatter. They also fail on a gather under `jax.checkpoint` that is not jitted.
 
 
 @jax.jit
 def take(x: Array, ids: Array) -> Array:
-    """`x[l, ids[l]]` of [L, n, ...], as [C, ...]; anything for the id n."""
+    """`x[l, ids[l]]` for `x` [L, n, ...], as [C, ...]. The rows for the id n are arbitrary."""
     at = x.at[_shards(ids), jnp.minimum(ids, x.shape[1] - 1)]
     rows = at.get(mode="promise_in_bounds", wrap_negative_indices=False)
     return rows.reshape(ids.size, *x.shape[2:])
@@ -98,7 +96,7 @@ def take(x: Array, ids: Array) -> Array:
 
 @jax.jit
 def put(x: Array, ids: Array, rows: Array) -> Array:
-    """`x` [L, n, ...] with `rows` [C, ...] at `ids` [L, c]; what has the id n goes nowhere."""
+    """`x` [L, n, ...] with `rows` [C, ...] at `ids` [L, c]. Rows for the id n are dropped."""
     rows = rows.reshape(*ids.shape, *x.shape[2:])
     return x.at[_shards(ids), ids].set(rows, mode="drop", wrap_negative_indices=False)
 
@@ -108,7 +106,7 @@ def _shards(ids: Array) -> Array:
 
 
 def dot(a: Array, b: Array, precision: Any = None) -> Array:
-    """The matrix product; of 16-bit operands in float32."""
+    """The matrix product, in float32 for 16-bit operands."""
     return jnp.matmul(a, b, precision=precision, preferred_element_type=compute_dtype(a.dtype))
 
 
@@ -116,8 +114,9 @@ def products(
     hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool,
     precision: Any,
 ) -> tuple[Array | None, Array | None]:  # fmt: skip
-    """Backward: `g kernel^T` in the dtype of `hidden`, if it is wanted, and `of_kernel + hidden^T g`,
-    if that is. The cotangent is rounded first, to multiply 16-bit numbers by such."""
+    """The backward products: `g kernel^T` in the dtype of `hidden`, if `wants_hidden`, and
+    `of_kernel + hidden^T g`, if `of_kernel` is given. The cotangent g is rounded to the kernel's dtype
+    first, so that 16-bit numbers meet 16-bit numbers."""
     g = g.astype(kernel.dtype)
     return (
         dot(g, kernel.T, precision).astype(hidden.dtype) if wants_hidden else None,
@@ -125,13 +124,13 @@ def products(
     )
 
 
-# A chunk of c examples adds [D, V] to the kernel's gradient in float32: 8 D V bytes of traffic for its
-# 2 c D V operations, whatever D and V are. The product alone is as long as that traffic at c = 4 x rate
-# / bandwidth, 1050 on an H100 (790 TFLOP/s, 3 TB/s) and 700 on a TPU v5p, and the traffic is nearly
-# free at twice that. Measured on an H100, before there was a kernel for the statistics: with 512, 1024,
-# 2048 and 4096 examples in a chunk the head with its gradients took 1.95, 1.51, 1.36 and 1.30 times as
-# long as 6NDV operations at 790 TFLOP/s (32768 x 4096 x 128256), and 2.11, 1.63, 1.47 and 1.46 times
-# (8192 x 2304 x 256000). 2**29 logits are 2 GiB, which is 2048 examples of 256000 classes.
+# A chunk of c examples adds [D, V] to the kernel's gradient in float32: 8 D V bytes of traffic for
+# 2 c D V operations, whatever D and V are. Both take equally long at c = 4 x rate / bandwidth, which is
+# 1050 on an H100 (790 TFLOP/s, 3 TB/s) and 700 on a TPU v5p. At twice that, the traffic is nearly free.
+# Measured on an H100, before there was a kernel for the statistics: with chunks of 512, 1024, 2048 and
+# 4096 examples the head with its gradients took 1.95, 1.51, 1.36 and 1.30 times as long as 6NDV
+# operations at 790 TFLOP/s (32768 x 4096 x 128256), and 2.11, 1.63, 1.47 and 1.46 times as long
+# (8192 x 2304 x 256000). 2**29 logits are 2 GiB: 2048 examples of 256000 classes.
 LOOP = Loop(
     gradients=Size(logits=2**27, least=2048, most=8192, budget=2**29),
     values=Size(logits=2**27, least=1024, most=8192, budget=2**29),

@@ -1,9 +1,8 @@
-"""The CPU backend: the native kernels (`_native/`), and the forms of the statistics that XLA's CPU
-compiler runs fast where they do not apply.
+"""The CPU backend: the native kernels (`_native/`), and, for arrays that they do not support, forms of
+the statistics that XLA compiles to fast code.
 
-XLA for CPU compiles a reduction with several operands to scalar code: without the kernels the one pass
-takes 5 to 8 times as long for ten classes, and more for more. So there rows are read for their maximum
-first, and then summed."""
+XLA for CPU compiles a reduction with several operands to scalar code: it takes 5 to 8 times as long for
+ten classes, and longer for more. So these forms read the rows for the maximum first, then sum them."""
 
 import dataclasses
 import math
@@ -20,10 +19,11 @@ from ._chunks import Loop, Size
 from ._elementary import exp_difference, from_bits, to_bits
 from ._rows import Rows, Statistics, Targets
 
-_LONG_ROW = 256  # so many classes and more are read in blocks
-# Widths of 128 to 8000 ran equally fast, narrower ones a little slower. Written are one number a block
-# and one block a row, so both are kept small. That block is a row of its own: of 16 bits it is cut
-# again until it is short, for the compiler would widen it; of others once, since every cut is compiled.
+_LONG_ROW = 256  # rows with at least this many classes are read in blocks
+# Widths of 128 to 8000 ran equally fast, narrower ones a little slower. XLA writes one number per block
+# and one block per row, so both should be small. That block is then treated as a row. In 16 bits it is
+# cut again until it is short, because the compiler would widen it; otherwise once, because every cut
+# is compiled.
 _BLOCK_WIDTHS = range(16, 513)
 _SHORT_16_BIT_ROW = 40
 
@@ -32,9 +32,9 @@ _SHORT_16_BIT_ROW = 40
 
 
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
-    """Are there kernels for these, arrays or their shapes?"""
+    """Is there a kernel for these arrays (or their shapes)?"""
     targets = [x for x in args if isinstance(x, Targets)]
-    # To a kernel, a class id of another device is a bad one.
+    # A kernel takes a class id of another device for a bad one.
     ids_are_here = rows.first_class is None or all(x.ids is None for x in targets)
     shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
     has_slope = operation.endswith("cotangent") and args[-1] is not None
@@ -65,8 +65,8 @@ def _statistics(kernel: str, count: int, rows: Rows, labels: Array | Targets) ->
 
 
 def _cotangent(kernel: str, rows: Rows, labels: Array | Targets, *args: Any) -> list[Array]:
-    """Written over the logits. If those were reshaped just before, XLA's layout assignment would copy
-    them for it; the barrier keeps it from that."""
+    """The kernel writes over the logits. If they were just reshaped, XLA's layout assignment would copy
+    them for that; the barrier prevents it."""
     logits = lax.optimization_barrier(_layout.flat(rows, rows.logits))
     *of_row, slope = args
     operands = *_operands(rows, labels), *(_layout.of_rows(rows, x) for x in of_row)
@@ -101,7 +101,7 @@ def _divergence_sums(rows: Rows, teacher: Rows, *args: Array) -> tuple[Array, ..
 
 
 def _divergence_cotangent(rows: Rows, teacher: Rows, *args: Any) -> list[Array]:
-    """Written over the logits: see `_cotangent`."""
+    """The kernel writes over the logits: see `_cotangent`."""
     logits, *operands = _both(rows, teacher, args[:-1])
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call("jax_sce.divergence_cotangent", result, input_output_aliases={0: 0})
@@ -120,8 +120,8 @@ KERNELS: dict[str, Callable] = {
 
 
 def _operands(rows: Rows, labels: Array | Targets) -> tuple[Array, ...]:
-    """Class ids, [n]; or of targets the ids, [n] or [n, V]; the smoothing, [1]; one over the number of
-    classes, [n] or [1]; the class weights, [V], or [0] for none."""
+    """Class ids, [n]. Or for targets: ids, [n], or distributions, [n, V]; the smoothing, [1]; 1 / V, [n]
+    or [1]; the class weights, [V], or [0] for none."""
     if not isinstance(labels, Targets):
         return (_layout.of_rows(rows, rows.places(labels)),)
     dense, uniform = labels.dense, labels.uniform
@@ -137,7 +137,7 @@ def _operands(rows: Rows, labels: Array | Targets) -> tuple[Array, ...]:
 
 
 def _mask_operand(rows: Rows) -> Array:
-    """[n, V], [V] if it is the same for all rows, or [0] for none."""
+    """[n, V], [V] if all rows share it, or [0] for none."""
     if rows.mask is None:
         return jnp.zeros(0, bool)
     mask = _layout.shared_or_flat(rows, rows.mask)
@@ -160,8 +160,8 @@ def _target_statistics_form(rows: Rows, targets: Targets) -> tuple[Array, ...]:
 
 
 def _on_its_own(cotangent: Callable) -> Callable:
-    """XLA for CPU would fuse the cotangent with each of its readers, the two matrix products of a head,
-    and write its exponentials to an array, to compute them once."""
+    """Keep XLA for CPU from fusing the cotangent into its readers, the two matrix products of a head: it
+    would write the exponentials to an array to compute them once."""
 
     def form(*args):
         of_logits, *of_row = cotangent(*args)
@@ -182,8 +182,8 @@ FORMS: dict[str, Callable] = {
 def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
     """The statistics, [N, 1], and the largest raw logit, if values are not raw.
 
-    The barrier here and in `_target_statistics_form` hides one reading of the logits from the next:
-    16-bit logits that are widened for two readers, XLA for CPU would write as float32."""
+    The barriers here and in `_target_statistics_form` hide one read of the logits from the next: if two
+    readers widen 16-bit logits, XLA for CPU writes them as float32."""
 
     def of_row(x: Array | None) -> Array | None:
         return None if x is None else x.reshape(*_layout.batch(rows, x), 1)
@@ -202,20 +202,20 @@ def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
 
 
 def _at_once(rows: Rows) -> tuple[Statistics, Array]:
-    """The statistics of rows with the classes last, and the largest raw logit, [N...] each: XLA for CPU
-    is slow on [N, 1]."""
+    """The statistics of rows with the classes last, and the largest raw logit, [N...] each (XLA for CPU
+    is slow on [N, 1])."""
     largest = jnp.max(rows.masked(rows.raw(rows.logits)), axis=-1)
     z = rows.values()
     highest = jnp.max(z, axis=-1)
-    # One entry at the maximum is left out by its place: ties count, and nothing hangs on an equality.
+    # Leave out one entry at the maximum by its place: ties count, and no equality decides.
     is_first = _is_place(z, jnp.argmax(z, axis=-1))
-    # NaN if it is infinite or NaN, which XLA's maximum on CPU may pass over.
+    # NaN if the maximum is infinite, or if an entry is NaN, which XLA's maximum on CPU may pass over.
     others = jnp.where(is_first, z - z, exp_difference(z, highest[..., None]))
     return Statistics(highest, jnp.sum(others, axis=-1)), largest
 
 
 def _is_place(x: Array, place: Array) -> Array:
-    """bool, in the shape of `x`: which entries stand at `place`, [N...], on the last axis."""
+    """bool, in the shape of `x`: which entries are at `place`, [N...], on the last axis?"""
     places = lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
     return places == place[..., None].astype(jnp.int32)
 
@@ -233,11 +233,11 @@ def _of_raw(rows: Rows, x: Array) -> Array:
 def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
     """The same for long rows without a mask.
 
-    XLA's compiler for CPU fuses a sum of exponentials with its reading only if nothing but arithmetic
-    lies between (with a `select` or a comparison it writes an N x V array), and runs it at full rate
-    only if the summed axis is short. So the row is cut into blocks that are summed whole, all but the
-    one that holds the maximum, which is taken as a row of its own. The sums are relative to the maximum
-    of the other blocks: short distances round little."""
+    XLA for CPU fuses reading with a sum of exponentials only if there is nothing but arithmetic in
+    between (a `select` or a comparison makes it write an N x V array), and sums at full rate only over a
+    short axis. So the row is cut into blocks that are summed whole. The block that holds the maximum is
+    treated as a row of its own. The other sums are relative to the maximum of the other blocks: short
+    distances have small rounding errors."""
     num_classes = rows.num_classes
     is_16_bit = rows.logits.dtype.itemsize == 2
 
@@ -255,8 +255,8 @@ def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
         return _union(a, b), jnp.maximum(top_a, top_b)
 
     blocks = rows.logits.reshape(*rows.logits.shape[:-1], num_classes // width, width)
-    # Of the logits as they are stored: to widen them here would be a second reader. The barrier keeps
-    # XLA from taking the maximum of maxima by reading all of the row again.
+    # The maxima of the stored logits: widening them here would be a second reader. The barrier keeps XLA
+    # from reading the whole row again for the maximum of the maxima.
     maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))
     home = jnp.argmax(maxima, axis=-1)
     is_home = _is_place(maxima, home)
@@ -264,7 +264,7 @@ def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
     second = jnp.max(jnp.where(is_home, -jnp.inf, maxima), axis=-1).astype(rows.dtype)
     highest, second = _of_raw(rows, largest), _of_raw(rows, second)
     second = jnp.where(jnp.isneginf(second), highest, second)
-    # Each step bound to the last: the memory of one is free in the next, and the blocks are read again.
+    # The barriers order the steps: each can reuse the memory of the last, and reads the blocks again.
     blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))
     tail = part(lax.optimization_barrier(_take_block(blocks, home)))[0].tail
     blocks, second, tail = lax.optimization_barrier((blocks, second, tail))
@@ -282,7 +282,7 @@ def _take_block(blocks: Array, index: Array) -> Array:
 
 
 def _union(a: Statistics, b: Statistics) -> Statistics:
-    """Of two sets of classes; -inf in all classes of one is no class."""
+    """The statistics of the union of two sets of classes. A set with only -inf adds nothing."""
     highest, lower = jnp.maximum(a.max, b.max), jnp.minimum(a.max, b.max)
     a_leads = a.max >= b.max
     leader, follower = (jnp.where(a_leads, *x) for x in ((a.tail, b.tail), (b.tail, a.tail)))
@@ -292,7 +292,7 @@ def _union(a: Statistics, b: Statistics) -> Statistics:
 
 # -- the head -----------------------------------------------------------------------------------------
 
-# The kernel's gradient is made in so many tiles of classes, if there are as many classes.
+# With at least _TILED classes, the kernel's gradient is computed in _TILES tiles of classes.
 _TILES = 8
 _TILED = 2048
 
@@ -301,9 +301,9 @@ def _products(
     hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool,
     precision: Any,
 ) -> tuple[Array | None, Array | None]:  # fmt: skip
-    """The backward products of a chunk, in tiles of classes: else the sum would be of two arrays [D,
-    V], and a product with a 16-bit kernel transposed would widen all of it. The kernel's is nearly
-    twice as fast so."""
+    """The backward products of a chunk, in tiles of classes. Otherwise XLA would add two arrays [D, V],
+    and widen a whole 16-bit kernel to multiply by its transpose. Tiles make the kernel's gradient nearly
+    twice as fast."""
     num_classes = kernel.shape[1]
     if num_classes < _TILED:
         return _chunks.products(hidden, kernel, g, of_kernel, wants_hidden, precision)
@@ -345,9 +345,9 @@ def _take_jvp(primals, tangents):
     return _take(*primals), _chunks.take(tangents[0], primals[1])
 
 
-# On two cores (AVX2), chunks of 64 examples took 1.4 times as long as ones of 256, ones of 128 1.15
-# times, and 512 no less: so 256, and more where the vocabulary is small. Values alone run at full rate
-# from 64 on. 2**25 logits are 128 MiB.
+# On two cores (AVX2), chunks of 64 examples took 1.4 times as long as chunks of 256, chunks of 128 1.15
+# times, and chunks of 512 no less: so 256, and more for a small vocabulary. Values without gradients run
+# at full rate from 64 on. 2**25 logits are 128 MiB.
 LOOP = Loop(
     gradients=Size(logits=2**22, least=256, most=512, budget=2**25),
     values=Size(logits=2**22, least=64, most=256, budget=2**25),

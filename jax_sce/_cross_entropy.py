@@ -1,4 +1,6 @@
-"""The losses on logits. Their options are arithmetic around two differentiation rules."""
+"""The losses on logits. Options are arithmetic around two differentiation rules."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +9,6 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from . import _arguments, _axis, _rows, _rules, _sparse, _teacher
 from ._arguments import Options
@@ -20,6 +21,7 @@ from ._rules import Kind
 from ._sparse import SparseTargets
 from ._targets import Sparse
 from ._teacher import TeacherRows
+from ._types import ArrayLike, Reduction
 from ._weighting import Losses, class_weight_of, excuse, mean_weights, reduce_losses, weighted
 
 
@@ -29,8 +31,9 @@ def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, return_aux: Literal[False] = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, return_aux: Literal[False] = False,
+    forward_mode: bool = False,
 ) -> Array: ...
 
 
@@ -39,68 +42,97 @@ def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, return_aux: Literal[True], forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, return_aux: Literal[True],
+    forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, return_aux: bool,
+    forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike | Sparse, axis: int | Sequence[int] | None = -1,
     where: ArrayLike | None = None, *, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, return_aux: bool = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Literal["none", "sum", "mean"] = "none", axis_name: AxisName = None,
+    return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    r"""Softmax cross-entropy between logits and distributions over the classes.
+    """Softmax cross-entropy between logits and distributions over the classes.
 
-    With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, log-normalizer
-    :math:`L = \log \sum_k e^{z_k}` and smoothed targets :math:`y'_c = (1 - e) y_c + e / V`, the loss of
-    an example is
+    For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    .. math:: w \left( \sum_c w_c\, y'_c\, (-\log o_c) + \zeta L^2 \right).
+    The loss of an example with logits z and targets y is
 
-    The targets need not sum to one. The gradient is analytic:
-    :math:`\partial E / \partial z_c = o_c \sum_k y_k - y_c` and
-    :math:`\partial E / \partial y_c = -\log o_c`.
+        w (sum_c w_c y'_c (-log o_c) + z_loss L^2)
+
+        o_c  = e^z_c / sum_k e^z_k      softmax
+        L    = log sum_k e^z_k          log-normalizer
+        y'_c = (1 - e) y_c + e / V      smoothed targets
+
+    with w from `weights`, w_c from `class_weights` and e the `label_smoothing`.
+    The targets need not sum to one. Without options the gradient by z_c is
+    o_c sum_k y_k - y_c, and the gradient by y_c is -log o_c.
 
     Args:
-      logits: [N..., V] with the classes on `axis`, in float16, bfloat16, float32 or float64, as all
-        floats here. 16-bit logits are computed in float32.
-      labels: The shape of `logits`. Floats; integers and bools serve as one-hot rows. Or a `Sparse`,
-        which names the classes that have mass.
-      axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
-        logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
-        example that keeps no class has loss 0, and a distribution's target on a masked class is
-        left out.
-      label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
+      logits: [N..., V], with the classes on `axis`, in float16, bfloat16,
+        float32 or float64, like all float arguments. 16-bit logits are computed
+        in float32.
+      labels: Distributions, in the shape of `logits`: floats, or integers and
+        bools such as one-hot rows. Or a `Sparse`, with a few classes of each
+        example.
+      axis: The axis of the classes. Several axes count as one; None means all.
+      where: Bools. With the rank of the examples, [N...]: which examples to
+        keep. With the rank of the logits: which classes to keep, e.g. `[1, V]`
+        for all examples. Axes of size 1 broadcast. An example that keeps no
+        class has loss 0. A target on a masked class is left out.
+      label_smoothing: e, a number in [0, 1]. V counts the classes that `where`
+        keeps in the row.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
-        several.
-      z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
-      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
-      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
-        divided by it. Differentiated.
-      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of `weights` of the examples
-        that count, and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device; labels stay global, and the loss is that of whole
-        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
-        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
-        differentiated exactly, predictions, and for class ids the labels' ranks. But for the
-        log-normalizers each takes a pass over the logits, if it is used.
-      forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
-        for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+      weights: [N...], the weight of each example; one of weight 0 does not
+        count. It may be a number, or have axes of size 1.
+      z_loss: A number; adds `z_loss * L**2` to each example. Class weights do
+        not apply to it.
+      softcap: A positive number c; the logits become `c * tanh(logits / c)`.
+      temperature: A positive number, or one for each example, [N...] (or axes
+        of size 1). The logits are divided by it, after the soft-cap. It gets a
+        gradient.
+      reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
+        that by the sum of `weights` over the examples that count, and is 0 if
+        there are none.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
+        are split, or a tuple of axes. V is then the number of classes on this
+        device. Labels stay global. The loss is that of the whole rows, equal on
+        all devices of the axis. "mean" and "sum" reduce over the examples of
+        this device. With `check_vma=False`, differentiate outside of
+        `shard_map`: inside, JAX multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction
+        and entropy of each example. Log-normalizer and entropy are
+        differentiated exactly. Prediction and entropy each read the logits once
+        more, if they are used.
+      forward_mode: Differentiate with a `jax.custom_jvp` of the same form
+        instead of a `jax.custom_vjp`, for `jax.jvp`, `jax.jacfwd`,
+        `jax.linearize` and reverse over forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
-      it and the aux. The loss is NaN for a row whose logits are all -inf, or include +inf or NaN (after
-      the soft-cap); that row's gradient is NaN and no other's. A logit of -inf is an absent class: it
-      costs +inf if its target is not 0.
+      The loss, [N...] or a scalar, in float32 (float64 for float64 logits).
+      With `return_aux`, the pair of loss and aux. The loss and the gradient of
+      a row are NaN if its logits are all -inf or, after the soft-cap, contain
+      +inf or NaN; gradients of other rows are not affected. A logit of -inf is
+      an absent class; it costs +inf if its target is not 0.
 
     Raises:
-      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+      TypeError, ValueError: An argument has the wrong type, shape or range. The
+        message names it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,19 +142,21 @@ def softmax_cross_entropy(
       >>> with jnp.printoptions(precision=4):
       ...     print(softmax_cross_entropy(logits, labels))
       [0.2761 1.8018]
-      >>> print(f"{softmax_cross_entropy(logits, labels, reduction='mean'):.4f}")
+      >>> mean = softmax_cross_entropy(logits, labels, reduction="mean")
+      >>> print(f"{mean:.4f}")
       1.0390
 
     References:
-      Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
-      the loss and its derivative; Szegedy et al. (2016), arXiv:1512.00567, for label smoothing;
-      Chowdhery et al. (2022), arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
+      Bridle (1990), "Probabilistic interpretation of feedforward classification
+      network outputs", for the loss and its derivative; Szegedy et al. (2016),
+      arXiv:1512.00567, for label smoothing; Chowdhery et al. (2022),
+      arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
       arXiv:2408.00118, for the soft-cap.
 
     See also:
-      `softmax_cross_entropy_with_integer_labels`, where each example has one class.
+      `softmax_cross_entropy_with_integer_labels`, for one class per example.
     """
-    return loss_of(inputs(
+    return _rules.call(loss_of, inputs(
         logits, labels, axis, where, has_ids=False, label_smoothing=label_smoothing,
         class_weights=class_weights, weights=weights, z_loss=z_loss, softcap=softcap,
         temperature=temperature, reduction=reduction, axis_name=axis_name, return_aux=return_aux,
@@ -137,7 +171,7 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
+    temperature: ArrayLike | None = None, reduction: Reduction = "none", axis_name: AxisName = None,
     return_aux: Literal[False] = False, forward_mode: bool = False,
 ) -> Array: ...
 
@@ -148,9 +182,20 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
+    temperature: ArrayLike | None = None, reduction: Reduction = "none", axis_name: AxisName = None,
     return_aux: Literal[True], forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1,
+    where: ArrayLike | None = None, *, ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
+    weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
+    temperature: ArrayLike | None = None, reduction: Reduction = "none", axis_name: AxisName = None,
+    return_aux: bool, forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -158,58 +203,79 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None, *, ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none", axis_name: AxisName = None,
-    return_aux: bool = False, forward_mode: bool = False,
+    temperature: ArrayLike | None = None, reduction: Literal["none", "sum", "mean"] = "none",
+    axis_name: AxisName = None, return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    r"""Softmax cross-entropy between logits and the index of the right class.
+    """Softmax cross-entropy between logits and class ids.
 
-    With softmax :math:`o_c = e^{z_c} / \sum_k e^{z_k}`, the loss of an example with label y is
-    :math:`-\log o_y`, and its gradient :math:`o_c - [c = y]`. With options it is
+    For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    .. math:: w \left( \sum_c w_c\, y'_c\, (-\log o_c) + \zeta L^2 \right),
-       \quad y'_c = (1 - e) [c = y] + e / V, \quad L = \log \sum_k e^{z_k}.
+    The loss of an example with logits z and label y is -log o_y, and its
+    gradient is o_c - [c = y], with o the softmax of z. With options the loss is
+
+        w (sum_c w_c y'_c (-log o_c) + z_loss L^2)
+
+        o_c  = e^z_c / sum_k e^z_k          softmax
+        L    = log sum_k e^z_k              log-normalizer
+        y'_c = (1 - e) [c = y] + e / V      smoothed targets
+
+    with w from `weights`, w_c from `class_weights` and e the `label_smoothing`.
 
     Args:
-      logits: [N..., V] with the classes on `axis`, in float16, bfloat16, float32 or float64, as all
-        floats here. 16-bit logits are computed in float32.
-      labels: [N...], integers in [0, V) of any integer dtype. With several class axes, an index into
-        those axes flattened in the order given. (Without x64, `jax.jit` cuts NumPy's 64-bit integers
-        that are passed to your own jitted function before this one sees them.)
-      axis: The axis of the classes, or several, which are taken as one; None means all.
-      where: Bools, whose rank decides: of the examples' rank, [N...], the examples to keep; of the
-        logits' rank, the classes to keep, `[1, V]` for all examples alike. Axes of size 1 broadcast. An
-        example that keeps no class has loss 0; a label on a masked class costs +inf.
-      ignore_index: Examples with this label count nowhere: loss 0, gradient 0.
-      label_smoothing: e, a scalar in [0, 1]; V counts the row's classes that `where` keeps.
+      logits: [N..., V], with the classes on `axis`, in float16, bfloat16,
+        float32 or float64, like all float arguments. 16-bit logits are computed
+        in float32.
+      labels: [N...], integers in [0, V) of any integer dtype. With several
+        class axes: indices into these axes, flattened in the order given.
+        (Without x64, `jax.jit` truncates NumPy's 64-bit integers that are
+        passed to your own jitted function, before this function sees them.)
+      axis: The axis of the classes. Several axes count as one; None means all.
+      where: Bools. With the rank of the examples, [N...]: which examples to
+        keep. With the rank of the logits: which classes to keep, e.g. `[1, V]`
+        for all examples. Axes of size 1 broadcast. An example that keeps no
+        class has loss 0. A label on a masked class costs +inf.
+      ignore_index: Examples with this label do not count: loss 0, gradient 0.
+      label_smoothing: e, a number in [0, 1]. V counts the classes that `where`
+        keeps in the row.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
-        several.
-      z_loss: A scalar; adds `z_loss * L**2` to each example, not class-weighted.
-      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
-      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
-        divided by it. Differentiated.
-      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
-        `weights * class_weights[label]` of the examples that count, and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device; labels stay global, and the loss is that of whole
-        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
-        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
-        differentiated exactly, predictions, and for class ids the labels' ranks. But for the
-        log-normalizers each takes a pass over the logits, if it is used.
-      forward_mode: Differentiate by a `jax.custom_jvp` of the same form instead of a `jax.custom_vjp`,
-        for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+      weights: [N...], the weight of each example; one of weight 0 does not
+        count. It may be a number, or have axes of size 1.
+      z_loss: A number; adds `z_loss * L**2` to each example. Class weights do
+        not apply to it.
+      softcap: A positive number c; the logits become `c * tanh(logits / c)`.
+      temperature: A positive number, or one for each example, [N...] (or axes
+        of size 1). The logits are divided by it, after the soft-cap. It gets a
+        gradient.
+      reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
+        that by the sum of `weights * class_weights[label]` over the examples
+        that count, and is 0 if there are none.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
+        are split, or a tuple of axes. V is then the number of classes on this
+        device. Labels stay global. The loss is that of the whole rows, equal on
+        all devices of the axis. "mean" and "sum" reduce over the examples of
+        this device. With `check_vma=False`, differentiate outside of
+        `shard_map`: inside, JAX multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
+        entropy and the label's rank, of each example. Log-normalizer and
+        entropy are differentiated exactly. All but the log-normalizer each read
+        the logits once more, if they are used.
+      forward_mode: Differentiate with a `jax.custom_jvp` of the same form
+        instead of a `jax.custom_vjp`, for `jax.jvp`, `jax.jacfwd`,
+        `jax.linearize` and reverse over forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 logits); with `return_aux` the pair of
-      it and the aux. The loss is NaN, with a gradient of NaN in that row alone, for a label outside
-      [0, V), -1 included, and for a row whose logits are all -inf, or include +inf or NaN (after the
-      soft-cap). A logit of -inf is an absent class, and costs +inf as the label. Under
-      `jax.experimental.checkify.checkify` with user checks, the first label outside [0, V) is an error
-      that tells it and its position.
+      The loss, [N...] or a scalar, in float32 (float64 for float64 logits).
+      With `return_aux`, the pair of loss and aux. The loss and the gradient of
+      a row are NaN if its label lies outside [0, V), -1 included, or if its
+      logits are all -inf or, after the soft-cap, contain +inf or NaN; gradients
+      of other rows are not affected. A logit of -inf is an absent class; it
+      costs +inf as the label. Under `jax.experimental.checkify.checkify` with
+      user checks, the first label outside [0, V) is an error that names it and
+      its position.
 
     Raises:
-      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+      TypeError, ValueError: An argument has the wrong type, shape or range. The
+        message names it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,19 +286,21 @@ def softmax_cross_entropy_with_integer_labels(
       ...     print(softmax_cross_entropy_with_integer_labels(logits, labels))
       [0.2761 2.9518]
       >>> confident = jnp.array([17.0, 0.0])
-      >>> print(f"{softmax_cross_entropy_with_integer_labels(confident, 0):.3e}")
+      >>> loss = softmax_cross_entropy_with_integer_labels(confident, 0)
+      >>> print(f"{loss:.3e}")
       4.140e-08
 
     References:
-      Bridle (1990), "Probabilistic interpretation of feedforward classification network outputs", for
-      the loss and its derivative; Szegedy et al. (2016), arXiv:1512.00567, for label smoothing;
-      Chowdhery et al. (2022), arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
+      Bridle (1990), "Probabilistic interpretation of feedforward classification
+      network outputs", for the loss and its derivative; Szegedy et al. (2016),
+      arXiv:1512.00567, for label smoothing; Chowdhery et al. (2022),
+      arXiv:2204.02311, section 5, for the z-loss; Gemma Team (2024),
       arXiv:2408.00118, for the soft-cap.
 
     See also:
-      `softmax_cross_entropy`, where the labels are distributions.
+      `softmax_cross_entropy`, for distributions.
     """
-    return loss_of(inputs(
+    return _rules.call(loss_of, inputs(
         logits, labels, axis, where, has_ids=True, ignore_index=ignore_index,
         label_smoothing=label_smoothing, class_weights=class_weights, weights=weights,
         z_loss=z_loss, softcap=softcap, temperature=temperature, reduction=reduction,
@@ -246,11 +314,11 @@ def softmax_cross_entropy_with_integer_labels(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments, checked."""
+    """The checked arguments."""
 
     logits: Array
-    labels: Array | Sparse  # class ids, [N...], or distributions in the shape of the logits
-    mask: Array | None  # bool, of the logits' rank: the classes to keep
+    labels: Array | Sparse  # class ids, [N...], or distributions in the logits' shape
+    mask: Array | None  # bool, with the logits' rank: the classes to keep
     options: Options
     axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes
 
@@ -259,11 +327,15 @@ class Inputs:
         return not isinstance(self.labels, Sparse) and self.labels.ndim < self.logits.ndim
 
 
+_FOR_DISTRIBUTIONS = "; softmax_cross_entropy takes distributions"
+_FOR_IDS = "; softmax_cross_entropy_with_integer_labels takes class ids"
+
+
 def inputs(
     logits: ArrayLike, labels: Any, axis: int | Sequence[int] | None, where: ArrayLike | None,
     *, has_ids: bool, ignore_index: int | None = None, **options: Any,
 ) -> Inputs:  # fmt: skip
-    """The arguments of either loss, by their public names."""
+    """Check the arguments of either loss, given by their public names."""
     logits = _arguments.array("logits", logits, "floating")
     axes = _arguments.class_axes(axis, logits.ndim)
     batch = _arguments.batch_shape(logits.shape, axes)
@@ -271,8 +343,11 @@ def inputs(
     if isinstance(labels, Sparse) and not has_ids:
         labels = _arguments.sparse(labels, batch)
     else:
-        labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index)
-        _arguments.shape("labels", labels, batch if has_ids else logits.shape)
+        expected, other, advice = logits.shape, batch, _FOR_IDS
+        if has_ids:
+            expected, other, advice = batch, logits.shape, _FOR_DISTRIBUTIONS
+        labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index, advice)
+        _arguments.shape("labels", labels, expected, advice if labels.shape == other else "")
     given = _arguments.options(
         logits.dtype, batch, num_classes, ignore_index=ignore_index, **options
     )
@@ -283,8 +358,8 @@ def inputs(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for. Jitted, so that an eager call is compiled as one, and so
-    is its derivative. (JAX 0.10 would run the derivative of a jit with `inline=True` step by step.)"""
+    """The loss, and the aux if it is asked for. It is jitted, so that an eager call and its derivative
+    are each one program. (With `inline=True`, JAX 0.10 would run the derivative step by step.)"""
     options: Options = inputs.options
     labels: Any = inputs.labels
     axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)
@@ -294,7 +369,7 @@ def loss_of(inputs: Inputs) -> Any:
     if inputs.has_ids:
         options = options.where(_arguments.not_ignored(labels, options.ignore_index))
     num_classes = rows.num_classes * _axis.size(options.axis_name)
-    reported = options  # by checkify alone: the row operations find what is kept themselves
+    reported = options  # for checkify only: the row operations find out themselves which rows count
     for kept in _rows.keeps_class(rows):
         reported = reported.where(_axis.total(rows.axis_name, kept.squeeze(rows.axes)) > 0)
     labels = checked(labels, num_classes, reported.counts, inputs.has_ids)
@@ -309,7 +384,7 @@ def loss_of(inputs: Inputs) -> Any:
 
 
 def checked(labels: Any, num_classes: int, counts: Array | None, has_ids: bool) -> Any:
-    """Class ids as int32: -1 for a bad one, and V for an empty place. Other labels as they are."""
+    """Class ids as int32, with -1 for a bad one and V for an empty place. Other labels unchanged."""
     if isinstance(labels, Sparse):
         given: Any = labels.ids
         is_empty = given < 0
@@ -323,8 +398,7 @@ def rows_of(
     logits: Array, axes: tuple[int, ...], axis_name: AxisName, softcap: Array | None,
     temperature: Array | None,
 ) -> Rows:  # fmt: skip
-    """Rows without a mask, of a scalar soft-cap and temperatures [N...]; `axes` are counted from the
-    last."""
+    """Rows without a mask, with a scalar soft-cap and temperatures [N...]. `axes` are negative."""
     one = (1,) * logits.ndim
     softcap = None if softcap is None else softcap.reshape(one)
     temperature = None if temperature is None else jnp.expand_dims(temperature, axes)
@@ -336,7 +410,7 @@ def rows_of(
 
 
 def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -> Losses:
-    """The loss of each example. Class ids are -1 for a bad one, and V for an empty place of several."""
+    """The loss of each example. A bad class id is -1, and an empty place of a `Sparse` is V."""
     kind: Kind = _rules.DISTRIBUTIONS
     class_weight, targets = None, None
     if isinstance(labels, TeacherRows):
@@ -352,11 +426,12 @@ def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -
         if options.label_smoothing is not None:
             targets = _targets(rows, rows.expand(labels), None, options)
             rows, targets = _axis.vary_alike(rows, targets)
-        else:  # only here the targets do not carry the class weights
+        else:  # only here the class weights are not part of the targets
             kind, targets, (rows,) = _rules.IDS, labels, _axis.vary_alike(rows)
             class_weight = class_weight_of(labels, options)
     rule = _rules.rule_forward if options.forward_mode else _rules.rule
-    out = rule(kind, options.return_aux, rows, targets, options.counts)
+    # JAX's error about forward mode shows this line, comment included.
+    out = rule(kind, options.return_aux, rows, targets, options.counts)  # jvp: forward_mode=True
     for kept in out.kept:
         options = options.where(kept > 0)
     return weighted(options, out, class_weight)

@@ -1,4 +1,4 @@
-"""Functions of numbers whose rounding or whose derivative is written by hand."""
+"""Elementwise functions with hand-written rounding or a hand-written derivative."""
 
 import math
 
@@ -8,7 +8,7 @@ from jax import Array, lax
 
 
 def difference(a: Array, b: Array) -> tuple[Array, Array]:
-    """`a - b`, and what its rounding lost; nothing where it is not finite."""
+    """`a - b` and its rounding error, which is 0 where the difference is not finite."""
     rounded = a - b
     finite = jnp.isfinite(rounded)
     a, b, known = (jnp.where(finite, x, 0) for x in (a, b, rounded))
@@ -17,14 +17,14 @@ def difference(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def exp_difference(a: Array, b: Array) -> Array:
-    """`exp(a - b)`, without the error of rounding `a - b`, which grows with the difference."""
+    """`exp(a - b)`, corrected for the rounding of `a - b`, which grows with the difference."""
     rounded, error = difference(a, b)
     return jnp.exp(rounded) * (1 + error)
 
 
 def expm1_remainder(x: Array) -> Array:
-    """`e^{-x} - 1 + x` by its series, for |x| of at most 3/2, where it would cancel."""
-    terms = 22 if x.dtype == jnp.float64 else 13  # the next one is below a rounding
+    """`e^{-x} - 1 + x` by its series, for |x| <= 3/2, where the formula cancels."""
+    terms = 22 if x.dtype == jnp.float64 else 13  # the next term is smaller than a rounding
     series = jnp.zeros_like(x)
     for n in range(terms, 1, -1):
         series = series * -x + 1 / math.factorial(n)
@@ -32,9 +32,9 @@ def expm1_remainder(x: Array) -> Array:
 
 
 def exp_below(x: Array, highest: Array) -> tuple[Array, Array]:
-    """`exp(x - highest)`, without the error of rounding that, and `x - highest`, for x that is not
-    larger. Where the one is 0 anyway, the other is -1000 at least. It is arithmetic alone: where
-    anything is selected or compared, XLA for CPU writes an array before it sums."""
+    """`exp(x - highest)`, corrected for the rounding of the difference, and `x - highest` itself, for
+    x <= highest. The difference is cut off at -1000, where the exponential is 0 anyway. There is no
+    select or comparison here: XLA for CPU would write an array before it sums."""
     x = jnp.maximum(x, highest - 1000)
     distance = below(x, highest)
     shift = distance - x
@@ -44,10 +44,10 @@ def exp_below(x: Array, highest: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def below(x: Array, highest: Array) -> Array:
-    """`x - highest`, for x that is not larger: never positive, and 0 where they are equal. `highest` is
-    a constant to differentiation.
+    """`x - highest` for x <= highest: never positive, and 0 where they are equal. Its derivative takes
+    `highest` as a constant.
 
-    A compiler that contracts the product in `x * t - highest` cannot do so past the minimum."""
+    The minimum keeps a compiler from contracting `x * t - highest` into a fused multiply-add."""
     return jnp.minimum(x, highest) - highest
 
 
@@ -69,7 +69,7 @@ def _soft_cap_jvp(primals, tangents):
     ratio = x / cap
     decay = jnp.exp(-2 * jnp.abs(ratio))
     slope = 4 * decay / (1 + decay) ** 2  # sech^2
-    # A logit of NaN makes its row's cotangent NaN already; a row that does not count must stay at 0.
+    # A NaN logit makes its row's cotangent NaN already, and a row that does not count must stay 0.
     known = ~jnp.isnan(ratio)
     by_x = jnp.where(known, slope, 0)
     by_cap = jnp.where(known, jnp.tanh(ratio) - jnp.where(slope == 0, 0, ratio * slope), 0)
@@ -79,7 +79,7 @@ def _soft_cap_jvp(primals, tangents):
 @jax.custom_jvp
 def temper(x: Array, temperature: Array) -> Array:
     """`x / temperature`. Its derivative by the temperature leaves out quotients that are not finite: an
-    absent class has none, and a row that does not count must stay at 0."""
+    absent class contributes nothing, and a row that does not count must stay 0."""
     return x / temperature
 
 
@@ -93,7 +93,7 @@ def _temper_jvp(primals, tangents):
 
 @jax.custom_jvp
 def weigh(targets: Array, class_weights: Array) -> Array:
-    """The product, with a derivative in which a factor of 0 leaves out even an infinite cost."""
+    """The product. In its derivative a factor of 0 removes even an infinite cost."""
     return targets * class_weights
 
 
@@ -104,16 +104,16 @@ def _weigh_jvp(primals, tangents):
 
 
 def times(weight: Array, loss: Array) -> Array:
-    """`weight * loss`, where a weight of 0 leaves out even a loss of +inf. NaN stays NaN.
+    """`weight * loss`, but a weight of 0 removes even a loss of +inf. NaN stays NaN.
 
-    The derivative with respect to a weight of 0 is the loss still, wherever that is finite.
+    The derivative by a weight of 0 is still the loss, where that is finite.
     """
     return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
 
 def to_bits(x: Array) -> Array:
-    """The bits of a 16-bit type, for a gather or scatter: XLA's CPU compiler would first widen all of
-    the operand. Not to be differentiated."""
+    """The bits of a 16-bit type, for a gather or scatter: XLA for CPU would first widen the whole
+    operand. It has no derivative."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 

@@ -1,12 +1,12 @@
 """The GPU backend: one kernel in Pallas (Triton) for the statistics of long rows.
 
-The plain reduction is one pass over memory as well, but in 16 bits its arithmetic takes longer than the
-memory: XLA gives each thread 8 to 16 logits and merges the threads by shuffles, some 45 instructions a
-logit. Here each lane reads its share of the row from end to end, a dozen instructions a logit, and the
-lanes are merged once.
+The plain reduction is also one pass over memory, but in 16 bits its arithmetic takes longer than the
+memory traffic: XLA gives each thread 8 to 16 logits and merges the threads by shuffles, about 45
+instructions per logit. Here each lane runs through its share of the row, a dozen instructions per
+logit, and the lanes are merged once.
 
-Measured on an H100 (JAX 0.11.2), 8192 x 32000 and 8192 x 128256, the time without that of the call over
-that of reading the logits, half of a copy; the floor is 1, and 3 with the gradient:
+Measured on an H100 (JAX 0.11.2), for 8192 x 32000 and 8192 x 128256: the time, without the time of the
+call, divided by the time of reading the logits (half of a copy). The floor is 1, or 3 with the gradient:
 
 | | bfloat16 | float32 | with the gradient | |
 |---|---|---|---|---|
@@ -14,15 +14,15 @@ that of reading the logits, half of a copy; the floor is 1, and 3 with the gradi
 | the plain reduction | 3.4, 3.4 | 1.7, 1.7 | 5.6, 5.5 | 3.7, 3.7 |
 | this kernel | 1.4, 1.3 | 1.1, 1.1 | 3.6, 3.5 | 3.1, 3.1 |
 
-1024 logits at a time by 4 warps; 2048 by 8 and 4096 by 8 took 1.07 and 1.22 times as long. With a
-minimum and a maximum in place of the two selects it took 0.93 of the time, but Triton's pass over NaN.
-Classes on another axis, [8, 150, 256, 256]: 2.1 reads forward in bfloat16 and 1.3 in float32, optax 2.6
-and 2.3, the plain reduction 4.4 and 2.4.
+4 warps read 1024 logits at a time; 8 warps with 2048 and with 4096 took 1.07 and 1.22 times as long.
+Minimum and maximum instead of the two selects took 0.93 of the time, but Triton's ignore NaN. With the
+classes on another axis, [8, 150, 256, 256], the forward pass takes 2.1 reads in bfloat16 and 1.3 in
+float32; optax takes 2.6 and 2.3, the plain reduction 4.4 and 2.4.
 
-What a lane carries is the largest logit so far and the sum of the exponentials of all the others,
-relative to a reference among those others that moves only when a logit exceeds it by more than 4. So
-distances are short where the sum is large, and a rescale shrinks what came before by e^-4 at least:
-little is rounded, and seldom."""
+A lane carries the largest logit so far, and the sum of the exponentials of all others, relative to a
+reference. The reference is one of those others and moves only when a logit exceeds it by more than 4. So
+distances are short where the sum is large, and a rescale shrinks the sum by e^-4 or more: rounding
+errors are small and rare."""
 
 import functools
 import math
@@ -40,12 +40,12 @@ from ._rows import Rows, Targets
 
 _LANES, _WARPS = 1024, 4
 _COLUMN_LANES, _COLUMN_WARPS = 256, 2
-_LONG_ROW = 512  # shorter rows are left to XLA
+_LONG_ROW = 512  # XLA computes shorter rows
 _MARGIN = 4.0
 
 
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
-    """Is there a kernel for these, arrays or their shapes?"""
+    """Is there a kernel for these arrays (or their shapes)?"""
     targets = [x for x in args if isinstance(x, Targets)]
     if any(x.ids is None and x.dense is None for x in targets):
         return False
@@ -58,14 +58,14 @@ def supports(operation: str, rows: Rows, *args: Any) -> bool:
 
 
 def _inner(rows: Rows) -> int:
-    """How many logits lie between two classes of an example."""
+    """The distance in memory between two classes of an example, in logits."""
     return math.prod(rows.logits.shape[rows.axes[-1] :][1:])
 
 
 @functools.cache
 def _has_device() -> bool:
-    """Is there a GPU that Triton compiles for? It asks the device, so that nothing can be compiled
-    without one."""
+    """Is there a GPU that Triton compiles for? This asks the device, so without one no program uses the
+    kernel, even if it is compiled for a GPU."""
     try:
         device = jax.devices("cuda")[0]
     except RuntimeError:
@@ -97,7 +97,7 @@ def _call(
     kernel: Callable, operands: Iterable[Array], shape: tuple[int, ...], num_results: int,
     *, grid: tuple[int, ...], spec: Callable, warps: int, interpret: bool,
 ) -> list[Array]:  # fmt: skip
-    """The results of the kernel, float32, all of that shape."""
+    """The results of the kernel, in float32, each of this shape."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -135,8 +135,8 @@ def _statistics(
 
 
 def _add(x: Array, highest: Array, reference: Array, others: Array) -> tuple[Array, Array, Array]:
-    """One more logit of each lane."""
-    # Not by minimum and maximum, which in Triton pass over NaN. Here it reaches the others.
+    """Add one logit to each lane."""
+    # Triton's minimum and maximum ignore NaN. With selects it reaches `others`.
     is_lower = highest >= x
     low, high = jnp.where(is_lower, x, highest), jnp.where(is_lower, highest, x)
     distance = low - reference
@@ -153,7 +153,7 @@ def _finish(highest: Array, reference: Array, others: Array) -> tuple[Array, Arr
 
 
 def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Array, ...]:
-    """Of classes on another axis than the last: each lane has a row of its own."""
+    """For classes that are not on the last axis: each lane has its own row."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -200,7 +200,7 @@ def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Arra
 
 
 def _kernel(names: tuple[str, ...], *refs: Any) -> None:
-    """The statistics of one row. `refs` are its operands, by name, and then its results: the maximum,
+    """The statistics of one row. `refs` are the operands called `names`, then the results: the maximum,
     the reference, the sum relative to it, and the logit at the label or the two sums of targets."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -209,7 +209,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     num_classes = inputs["logit"].shape[0]
     lanes = jnp.arange(_LANES, dtype=jnp.int32)
     has_targets = "uniform" in inputs
-    # A logit that is stored can be read again; one that is computed is picked as it passes.
+    # The stored logit at the label can be read at the end; a computed one is picked in the loop.
     is_computed = not inputs.keys().isdisjoint(("softcap", "temperature", "mask"))
     picks_label = not has_targets and is_computed
 
@@ -218,7 +218,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
         return triton.load(inputs[name].at[pl.ds(start, _LANES)], mask=is_class, other=other)
 
     def logit(start: Array) -> Array:
-        """-inf where there is no class: after the soft-cap, which would make a finite number of it."""
+        """The logits, -inf where there is no class; set after the soft-cap, which makes -inf finite."""
         x = load("logit", start, -jnp.inf).astype(jnp.float32)
         if "softcap" in inputs:
             cap = inputs["softcap"][0]
@@ -240,7 +240,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
         return y * load("weight", start, 0.0) if "weight" in inputs else y
 
     def moved(y: Array, x: Array, highest: Array) -> Array:
-        """What `y` of mass at `x` adds to the sum of `y (z - max)`."""
+        """What the target `y` at the logit `x` adds to the sum of `y (z - max)`."""
         return jnp.where((y == 0) | (x == highest), 0.0, y * (x - highest))
 
     def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -264,7 +264,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     init = (full(-jnp.inf), full(lowest), full(0.0), *none)
     highest, reference, others, *sums = lax.fori_loop(0, pl.cdiv(num_classes, _LANES), step, init)
 
-    # The lanes' maxima join the others, all but one of the largest.
+    # The maxima of the lanes join the others, except one of the largest.
     top = jnp.max(highest)
     leads = highest == top
     lower = jnp.where(leads, -jnp.inf, highest)

@@ -1,9 +1,9 @@
-"""The values and the gradients of a linear head, chunk by chunk of the examples: its loop in plain JAX.
+"""The values and gradients of a linear head, one chunk of examples at a time: the loop in plain JAX.
 
-A chunk's logits are made, the loss on logits gives their losses and their cotangent, two matrix
-products carry that to the hidden states and the kernel, and the next chunk overwrites it. Nothing of
-the loss is written here, only the order of the work. `_partition.py` runs these functions by the loop
-of the platform, on one device or on many."""
+For each chunk: compute its logits; get losses and the logits' cotangent from the loss on logits; carry
+the cotangent to hidden states and kernel by two matrix products. The next chunk reuses the memory. This
+file only orders the work and contains nothing of the loss. `_partition.py` runs these functions with
+the platform's loop, on one device or on many."""
 
 import dataclasses
 import functools
@@ -28,20 +28,20 @@ from ._weighting import Losses, only
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments, checked. Arrays with an entry for each example are `[N..., ...]`, `[L, n, ...]` in
-    the shards of a loop, and `[C, ...]` in a chunk."""
+    """The checked arguments. Arrays with an entry per example are `[N..., ...]`, or `[L, n, ...]` in the
+    shards of a loop, or `[C, ...]` in a chunk."""
 
     hidden: Array  # [N..., D]
     kernel: Array  # [D, V], in the dtype of the products, `hidden.dtype`, or a wider one
-    # class ids, [N...], -1 for a bad one; distributions, [N..., V]; or several classes, or a teacher
+    # Class ids, [N...], with -1 for a bad one; distributions, [N..., V]; or one of the two types.
     labels: Array | Sparse | Teacher
     bias: Array | None  # [V]
     options: Options
-    exists: Array | None = None  # bool, [1, V]: False for classes that only pad a device's part
+    exists: Array | None = None  # bool, [1, V]: False for classes that pad a device's part
 
     @property
     def has_ids(self) -> bool:
-        labels = self.labels  # or shapes in place of arrays
+        labels = self.labels  # an array or a shape
         return not isinstance(labels, Sparse | Teacher) and labels.ndim < self.hidden.ndim
 
     @property
@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of losses and sums."""
+        """The dtype of losses and sums."""
         return compute_dtype(self.hidden.dtype)
 
     def narrowed(self) -> "Inputs":
@@ -59,7 +59,7 @@ class Inputs:
         return dataclasses.replace(self, kernel=self.kernel.astype(self.hidden.dtype))
 
     def arrays(self) -> dict[str, Array]:
-        """The arguments that there are, by name."""
+        """The arguments that are not None, by name."""
         own = {name: getattr(self, name) for name in _OWN}
         if parts := self._parts_of_labels():
             del own["labels"]
@@ -67,7 +67,7 @@ class Inputs:
         return {name: x for name, x in own.items() if x is not None} | self.options.arrays()
 
     def having(self, arrays: dict[str, Any]) -> "Inputs":
-        """The same with other arrays: those, by name, and None for all others."""
+        """The same inputs with these arrays, by name, and None for all others."""
         own: dict[str, Any] = {name: arrays.get(name) for name in _OWN}
         parts = {name: arrays.get(f"labels.{name}") for name in self._parts_of_labels()}
         if parts:
@@ -83,7 +83,7 @@ class Inputs:
         return tuple(x.name for x in fields if not x.metadata.get("static"))
 
     def map_examples(self, function) -> "Inputs":
-        """`function` of what each example has of its own."""
+        """Apply `function` to the arrays with an entry per example."""
         arrays = self.arrays()
         return self.having({k: function(x) if k in OF_EXAMPLES else x for k, x in arrays.items()})
 
@@ -96,14 +96,14 @@ OF_EXAMPLES = (
 
 
 class Values(NamedTuple):
-    """What is computed of each example: [N...], [L, n], or [C]."""
+    """The results for each example: [N...], [L, n], or [C]."""
 
     loss: Array
     aux: CrossEntropyAux
 
 
 class Cotangents(NamedTuple):
-    """Of the values, in the same shapes."""
+    """Cotangents of `Values`, in the same shapes."""
 
     loss: Array
     log_normalizer: Array
@@ -111,7 +111,7 @@ class Cotangents(NamedTuple):
 
 
 def values_like(inputs: Inputs, number: Any, place: Any) -> Values:
-    """`number` and `place` for each float and integer of the values."""
+    """The tree of the values, with `number` for each float array and `place` for each integer array."""
     asked = inputs.options.return_aux
     has_teacher = isinstance(inputs.labels, Teacher)
     return Values(
@@ -127,7 +127,7 @@ def values_like(inputs: Inputs, number: Any, place: Any) -> Values:
 
 
 def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
-    """The values of examples that do not count."""
+    """The values of examples that do not count, in that shape."""
     axes = _axis.varying(inputs.kernel) - _axis.names(inputs.options.axis_name)
 
     def full(x, dtype):
@@ -140,7 +140,7 @@ def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
 
 
 def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
-    """The plan, and the inputs in its shards."""
+    """The plan, and the inputs cut into its shards."""
     num_examples, num_classes = math.prod(inputs.batch), inputs.kernel.shape[1]
     plan = _chunks.plan(num_examples, num_classes, loop.devices, size, inputs.options.chunk_size)
     rank = len(inputs.batch)
@@ -148,9 +148,8 @@ def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
 
 
 def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
-    """The inputs of those examples. The id n stands for no example, which is not valid. Examples that
-    are not valid get a hidden state of 0, before an infinity or NaN in it reaches the kernel's
-    gradient."""
+    """The inputs of these examples. The id n stands for no example, which is not valid. Hidden states of
+    examples that are not valid become 0, so that no infinity or NaN reaches the kernel's gradient."""
     chunk = inputs.map_examples(lambda x: loop.take(x, ids))
     if chunk.options.valid is None and plan.per_shard % plan.chunk == 0:
         return chunk
@@ -160,13 +159,13 @@ def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
 
 
 def _logits(head: Any, precision: Any) -> Array:
-    """Of the student's `Inputs`, or of a `Teacher`."""
+    """The logits of the student's `Inputs`, or of a `Teacher`."""
     logits = _chunks.dot(head.hidden, head.kernel, precision)
     return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
 
 def _rows(chunk: Inputs, logits: Array, head: Any) -> Rows:
-    """Of the student, by its `Options`, or of a `Teacher`."""
+    """The rows of a head: `Options`, for the student, or a `Teacher`."""
     options = chunk.options
     rows = _cross_entropy.rows_of(logits, (-1,), options.axis_name, head.softcap, head.temperature)
     return rows if chunk.exists is None else dataclasses.replace(rows, mask=chunk.exists)
@@ -197,14 +196,14 @@ def values(loop: Loop, inputs: Inputs) -> Values:
 
 
 @values.defjvp
-def _values_jvp(loop, primals, tangents):  # forward over reverse mode of the rule for "none"
+def _values_jvp(loop, primals, tangents):  # for forward over reverse mode with "none"
     return jax.jvp(functools.partial(values_forward, loop), primals, tangents)
 
 
 def values_forward(loop: Loop, inputs: Inputs) -> Values:
-    """By a loop that JAX can differentiate in both modes. What it keeps for that is its arguments. What
-    all examples share is made wide before it: in its dtype, reverse mode sums its gradient over the
-    chunks."""
+    """The values, with a loop that JAX can differentiate in both modes and that saves only its
+    arguments. Arrays that all examples share are widened first: reverse mode sums their gradients over
+    the chunks in their dtype."""
     options = dataclasses.replace(inputs.options, forward_mode=True)
     wide = _wide(inputs.arrays(), inputs.dtype)
     inputs = dataclasses.replace(inputs, options=options).having(wide)
@@ -212,8 +211,8 @@ def values_forward(loop: Loop, inputs: Inputs) -> Values:
 
 
 def _wide(arrays: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
-    """What all examples share in the dtype of sums."""
-    of_labels = "labels."  # a teacher's, which are not differentiated
+    """Widen the arrays that all examples share to the dtype of sums."""
+    of_labels = "labels."  # a teacher's arrays, which are not differentiated
     return {
         k: x if k in OF_EXAMPLES or k.startswith(of_labels) else x.astype(dtype)
         for k, x in arrays.items()
@@ -224,8 +223,8 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
     batch, (plan, inputs) = inputs.batch, _plan(loop, size, inputs)
     if plan.chunks == 0:
         return nothing(inputs, batch)
-    # The work for a weight of 0 can be left out if nobody asks for the derivative by that weight. In
-    # forward mode nobody tells what is differentiated.
+    # An example of weight 0 can be skipped unless its weight is differentiated. Forward mode does not
+    # know what is differentiated.
     options = inputs.options
     worked_on = options.valid if options.forward_mode else options.counts
     order, most = _chunks.order(plan, worked_on)
@@ -247,7 +246,7 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 
     _, chunks = lax.scan(step, None, starts)
 
-    # Where the examples stand in that order.
+    # The place of each example in that order.
     places = ids[:, : plan.per_shard]
     if worked_on is not None:
         places = jnp.argsort(places, axis=1)
@@ -263,9 +262,9 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 def gradients(
     wanted: frozenset[str], loop: Loop, inputs: Inputs, g: Cotangents
 ) -> tuple[Values, dict[str, Array]]:
-    """The values, and the cotangents of those arrays of the inputs that are wanted, by name: of
-    examples in their own dtype, and of the others, which are summed up, in the compute dtype. `g` are
-    the cotangents of the values, [N...]."""
+    """The values, and the cotangents of the wanted arrays, by name. Arrays with an entry per example get
+    theirs in their own dtype; the cotangents of the others are sums, in the compute dtype. `g` are the
+    cotangents of the values, [N...]."""
     given, (plan, inputs) = inputs, _plan(loop, loop.gradients, inputs)
     options, g = inputs.options, jax.tree.map(lambda x: x.reshape(plan.shape), g)
     worked_on = options.valid if "weights" in wanted else options.counts
@@ -292,7 +291,7 @@ def gradients(
     carry = nothing(inputs, plan.shape), shared, own
     if plan.chunks != 0 and worked_on is None:
         carry = add_chunks(plan.chunks, 0, plan.chunk, carry)
-    elif plan.chunks != 0:  # whole chunks, and the rest in quarters
+    elif plan.chunks != 0:  # whole chunks, then quarter chunks for the rest
         whole, quarter = most // plan.chunk, _chunks.ceil_div(plan.chunk, 4)
         done = whole * plan.chunk
         carry = add_chunks(whole, 0, plan.chunk, carry)
@@ -306,7 +305,7 @@ def gradients(
 
 @gradients.defjvp
 def _gradients_jvp(wanted, loop, primals, tangents):
-    # A loop whose length is known at run time only cannot be differentiated in reverse mode.
+    # JAX cannot differentiate a loop in reverse mode if its length is known only at run time.
     def by_values(inputs, g):
         arrays = inputs.arrays()
 
@@ -323,7 +322,7 @@ def _gradients_jvp(wanted, loop, primals, tangents):
 
 
 def _zeros(x: Array, dtype: jnp.dtype) -> Array:
-    """For the cotangent of `x`, which varies over the same mesh axes."""
+    """Zeros to sum the cotangent of `x` in; they vary over the same mesh axes."""
     return _axis.vary(jnp.zeros(x.shape, dtype), _axis.varying(x))
 
 
@@ -331,8 +330,8 @@ def _add_chunk(
     loop: Loop, wanted: frozenset[str], chunk: Inputs, g: Cotangents,
     shared: dict[str, Array],
 ) -> tuple[Values, dict[str, Array], dict[str, Array]]:  # fmt: skip
-    """The values of a chunk, `shared` with its part added, and the cotangents of its examples. The loss
-    gives that of the logits, and matrix products carry it on."""
+    """The values of a chunk, `shared` with the chunk's cotangents added, and the cotangents of its
+    examples. The loss gives the cotangent of the logits; matrix products carry it on."""
     logits, arrays = _logits(chunk, chunk.options.precision), chunk.arrays()
     inner = {k: arrays[k] for k in wanted - {"hidden", "kernel", "bias"}}
 
@@ -355,6 +354,6 @@ def _add_chunk(
 
 
 def _differentiated(g: Cotangents, loss: Array, others: Any) -> Cotangents:
-    """The values that there are cotangents of."""
+    """The values that `g` has cotangents for."""
     entropy = None if g.entropy is None else others.entropy
     return Cotangents(loss, others.log_normalizer, entropy)

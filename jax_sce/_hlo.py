@@ -1,26 +1,25 @@
-"""What a compiled program does, read from its text: its kernels, and what they send between devices.
+"""Read from a compiled program's text what it does: its kernels, and what devices send to each other.
 
-`jax_sce.benchmark` and `jax_sce.testing` share it; nothing in the library imports it.
+`jax_sce.benchmark` and `jax_sce.testing` use it; the losses do not.
 
     program = jax.jit(f).lower(*shapes).compile()
     for kernel in kernels(program.as_text()): ...
 
 It is arithmetic on the text, by these rules:
 
-- An instruction outside a fusion, or a fusion, is one kernel. It reads each operand from memory once and
-  writes each result once. Where it only slices or gathers from an operand it reads that part; where it
-  updates a part in place it writes that part.
-- Arrays that the compiler places elsewhere than in device memory, such as a TPU's on-chip memory, cost
+- A fusion, or an instruction outside a fusion, is one kernel. It reads each operand from memory once and
+  writes each result once. If it only slices or gathers from an operand, it reads only that part; if it
+  updates a part in place, it writes only that part.
+- Arrays that are not in device memory, e.g. in a TPU's on-chip memory, cost nothing.
+- Operations are those of matrix products: two for each multiplication and addition.
+- A loop's body counts as often as the loop runs, or NaN times if only the running program knows.
+- Only the more expensive branch of a conditional counts. A byte costs as much as 300 operations.
+- A custom call is a cuBLAS product, or states its own cost (Pallas's `cost_estimate` on TPUs), or is
+  `opaque`: then its operands and results count, and its operations are unknown. Its scratch memory costs
   nothing.
-- Operations are those of matrix products, two for each multiplication with its addition.
-- A loop's body counts as often as the loop runs: NaN times if only the running program knows.
-- Of a conditional, the dearer branch counts: a byte is as dear as 300 operations.
-- A custom call is a product of cuBLAS, or says itself what it costs (Pallas's `cost_estimate` on TPUs),
-  or is `opaque`: then its operands and results count, and its operations are not known. Its scratch
-  memory costs nothing.
 
-Not in it: what tiles of a product read again, what caches save, elementwise arithmetic, padding of
-layouts, the time between kernels, and that of the links between devices.
+Not counted: repeated reads by the tiles of a product, savings by caches, elementwise arithmetic, padding
+of layouts, the time between kernels, and the time of the links between devices.
 """
 
 import dataclasses
@@ -32,16 +31,16 @@ from typing import NamedTuple
 
 
 class Collective(NamedTuple):
-    """One of a program's operations between devices."""
+    """An operation between devices."""
 
     kind: str
-    bytes: int  # on each device: of all that is summed or gathered
+    bytes: int  # on each device, of the arrays that are summed or gathered
     in_loop: bool
-    devices: int  # that take part in one of them
+    devices: int  # in one group
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends when they go around a ring: of a sum, twice."""
+        """The bytes that each device sends if they go around a ring; a sum goes around twice."""
         if self.kind.startswith("collective-"):
             return self.bytes
         rounds = 2 if self.kind == "all-reduce" else 1
@@ -50,8 +49,8 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """`precision` is that of its operands, such as "bf16", or "f32 high" and "f32 highest" where JAX was
-    told so."""
+    """A matrix product. `precision` is the dtype of its operands, e.g. "bf16", or "f32 high" or
+    "f32 highest" if JAX was told so."""
 
     operations: float
     precision: str
@@ -59,10 +58,10 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What one run of it costs, and how often it runs."""
+    """A kernel: the cost of one run, and how often it runs."""
 
     name: str
-    kind: str  # its opcode; of a custom call, the target
+    kind: str  # its opcode, or the target of a custom call
     read: float  # bytes of device memory
     written: float
     products: tuple[Product, ...] = ()
@@ -76,20 +75,21 @@ class Kernel:
 
 
 def kernels(text: str, *, every_branch: bool = False) -> list[Kernel]:
-    """Those of a compiled program, in the order of their launch; of conditionals all if asked for."""
+    """The kernels of a compiled program, in the order of their launch. With `every_branch`, those of all
+    branches of conditionals."""
     module = _Module(text)
     return list(_visit(module, module.entry, 1, False, every_branch))
 
 
 # -- instructions --------------------------------------------------------------------------------------
 
-# These read no more of an array than their result holds.
+# These read only as much of an array as their result holds.
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice", "scatter"}
-# The first only give an array another shape. All of them read an element for each that is read of them.
+# The first only reshape. All of them read one element for each element that is read of their result.
 _RENAMING = {"bitcast", "reshape"}
 _TRANSPARENT = _RENAMING | {"bitcast-convert", "convert", "copy", "transpose"}
-_OPERATIONS_A_BYTE = 300  # an H100's rate over its bandwidth; 170 of a TPU v5p, 560 of a v6e
+_OPERATIONS_A_BYTE = 300  # rate / bandwidth of an H100; 170 for a TPU v5p, 560 for a v6e
 _FREE = {
     "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter",
     "partition-id", "replica-id", "tuple",
@@ -113,7 +113,7 @@ class _Array(NamedTuple):
     dtype: str
     sizes: tuple[int, ...]
     itemsize: float
-    in_memory: bool  # in the device's memory, and not on the chip
+    in_memory: bool  # in device memory, not on the chip
 
     @property
     def bytes(self) -> float:
@@ -125,7 +125,7 @@ def _arrays(type_text: str) -> list[_Array]:
         _Array(
             found["dtype"],
             tuple(int(n) for n in found["sizes"].split(",") if n),
-            int(found["bits"] or 8) / 8,  # a bool has 8
+            int(found["bits"] or 8) / 8,  # 8 for a bool
             not re.search(r"S\([1-9]", found["layout"] or ""),
         )
         for found in _ARRAY.finditer(type_text)
@@ -141,7 +141,7 @@ class _Instruction:
     name: str
     type: str
     opcode: str
-    arguments: str  # as they stand between the parentheses
+    arguments: str  # the text between the parentheses
     attributes: str
     is_root: bool
 
@@ -151,7 +151,7 @@ class _Instruction:
 
     @property
     def target(self) -> str:
-        """Of a custom call."""
+        """The target of a custom call."""
         return self.attribute("custom_call_target") or ""
 
     def attribute(self, key: str) -> str | None:
@@ -178,7 +178,7 @@ class _Computation:
         )
 
     def type_of(self, operand: str) -> str:
-        """Some programs name a tuple's part `name#1` where they use it."""
+        """The type of an operand, which some programs write as `name#1`, a part of a tuple."""
         name, _, part = operand.partition("#")
         if name not in self.named:
             return ""
@@ -200,7 +200,7 @@ class _Module:
         self.computations = {name: _Computation(x) for name, x in lines.items()}
 
     def called_name(self, i: _Instruction) -> str:
-        """The computation that it runs, or applies to pairs of elements."""
+        """The computation that an instruction runs, or applies to pairs of elements."""
         for key in ("calls", "to_apply"):
             if name := i.attribute(key):
                 return name
@@ -212,7 +212,7 @@ class _Module:
 
 
 def _instruction(found: re.Match[str]) -> _Instruction:
-    """`type opcode(arguments), attributes`, where a tuple's type is in parentheses itself."""
+    """Parse `type opcode(arguments), attributes`. A tuple's type is itself in parentheses."""
     rest = found[3]
     if rest.startswith("("):
         end = _closing(rest, 0) + 1
@@ -227,7 +227,7 @@ def _instruction(found: re.Match[str]) -> _Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
+    """The index where the parenthesis at `start` closes."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -278,14 +278,14 @@ def _branches(i: _Instruction) -> list[str]:
 
 
 def _turns(module: _Module, outer: _Computation, loop: _Instruction) -> float:
-    """How often it runs: as XLA says, or from `while i < n` with n and the first i constants."""
+    """How often a loop runs: as XLA says, or as `while i < n` says if n and the first i are constant."""
     if known := re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.attribute("condition") or ""]
     initial = outer.named[loop.operands[0]]
 
     def constant(c: _Computation, name: str) -> tuple[int | None, int | None]:
-        """The value that an instruction has at the loop's start, and its place in the loop's state."""
+        """The value of an instruction at the loop's start, and its place in the loop's state."""
         i, place = c.named[name], None
         while i.opcode in ("copy", "bitcast", "get-tuple-element"):
             if i.opcode == "get-tuple-element" and c is condition:
@@ -336,7 +336,7 @@ def _kernel(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) ->
         return Kernel(i.name, kind, float(told.get("bytes_accessed", 0)), 0, (product,))
 
     called = module.called(i) if i.opcode == "fusion" else None
-    if called is None:  # as if it were the only one of a fusion
+    if called is None:  # treat it like a fusion with one instruction
         alone = _alone(c, i)
         read = sum(_read(module, alone, x) for x in dict.fromkeys(i.operands))
         written = _written(module, alone, i, fused=False)
@@ -358,7 +358,7 @@ def _alone(c: _Computation, i: _Instruction) -> _Computation:
 
 
 def _read(module: _Module, c: _Computation, name: str) -> float:
-    """Bytes of that value that its users in the computation read."""
+    """How many bytes of a value its users in the computation read."""
     arrays = _arrays(c.type_of(name))
     whole = sum(x.bytes for x in arrays if x.in_memory)
     if not whole or len(arrays) != 1:
@@ -388,7 +388,7 @@ def _elements_read(module: _Module, c: _Computation, name: str) -> float:
 
 
 def _is_result(c: _Computation, i: _Instruction) -> bool:
-    """Is it one of the results of the computation, and read by nothing there?"""
+    """Is the instruction a result of the computation that nothing in there reads?"""
     while not i.is_root:
         users = c.users.get(i.name, [])
         if len(users) != 1 or users[0].opcode not in _RENAMING | {"tuple"}:
@@ -402,7 +402,7 @@ def _elements(type_text: str) -> float:
 
 
 def _written(module: _Module, c: _Computation, i: _Instruction, *, fused: bool) -> float:
-    """Bytes that making the value of `i` writes: of an update in place, what is new."""
+    """How many bytes computing `i` writes. An update in place writes only the new part."""
     if i.opcode == "tuple":
         return sum(_written(module, c, c.named[x], fused=fused) for x in i.operands)
     if not _bytes(i.type):
@@ -416,7 +416,7 @@ def _written(module: _Module, c: _Computation, i: _Instruction, *, fused: bool) 
         update = source.operands[1 if source.opcode == "dynamic-update-slice" else -1]
         itemsize = _arrays(i.type)[0].itemsize
         return itemsize * _elements(c.type_of(update))
-    if i.opcode == "custom-call" and i.type.startswith("("):  # flat bytes are its scratch memory
+    if i.opcode == "custom-call" and i.type.startswith("("):  # a flat result of bytes is scratch
         results = [x for x in _arrays(i.type) if x.itemsize > 1 or len(x.sizes) > 1]
         return sum(x.bytes for x in results if x.in_memory)
     return _bytes(i.type)
@@ -433,7 +433,7 @@ def _is_parameter(c: _Computation, name: str) -> bool:
 
 
 def _products(module: _Module, c: _Computation, i: _Instruction) -> Iterator[Product]:
-    """Those of an instruction, and of a fusion, those within."""
+    """The products of an instruction, or inside a fusion."""
     if i.opcode == "fusion" and (called := module.called(i)):
         for inner in called.instructions:
             yield from _products(module, called, inner)
@@ -449,13 +449,13 @@ def _products(module: _Module, c: _Computation, i: _Instruction) -> Iterator[Pro
         )
         summed = math.prod(lhs.sizes[int(n)] for n in re.findall(r"\d+", found[1] if found else ""))
     told = re.search(r"operand_precision[^\]}]*?\b(highest|high)\b", i.attributes, re.IGNORECASE)
-    # Other types are multiplied as they are, whatever JAX was told.
+    # JAX's precision applies only to float32.
     precision = f"f32 {told[1].lower()}" if told and lhs.dtype == "f32" else lhs.dtype
     yield Product(2.0 * math.prod(out.sizes) * summed, precision)
 
 
 def _summed_by_convolution(i: _Instruction, lhs: _Array) -> int:
-    """Numbers summed for each result: the features, and the window but where it stands for a batch."""
+    """How many numbers are summed for each result: features times window, without batch dimensions."""
     labels = (i.attribute("dim_labels") or "").partition("_")[0]
     window = re.search(r"window=\{([^}]*)\}", i.attributes)
     sizes, dilations = (
@@ -478,7 +478,7 @@ def _collective(module: _Module, c: _Computation, i: _Instruction, in_loop: bool
 
 
 def _collective_within(module: _Module, c: _Computation, in_loop: bool) -> Collective | None:
-    """That of a fusion: on TPUs an all-reduce and the slice of it that a device keeps are one."""
+    """The collective in a fusion: TPUs fuse an all-reduce with the slice of it that a device keeps."""
     for i in c.instructions:
         if i.opcode in _COLLECTIVES:
             found = _collective(module, c, i, in_loop)
@@ -488,13 +488,13 @@ def _collective_within(module: _Module, c: _Computation, in_loop: bool) -> Colle
 
 
 def _came(i: _Instruction, given: float, size: Callable[[str], float]) -> float:
-    """The results: what starts an operation may hold the operands in its type, beside them."""
+    """The size of the results. The type of a start operation may also include the operands."""
     came = size(i.type.replace("u32[]", ""))
     return came - given if i.opcode.endswith("-start") and came > given else came
 
 
 def _larger(c: _Computation, i: _Instruction) -> int:
-    """Of what goes in and what comes out: a gather's result, a scattered sum's operand."""
+    """The larger of operands and results: a gather's result, a reduce-scatter's operand."""
     given = sum(_size(c.type_of(x)) for x in i.operands)
     return int(max(given, _came(i, given, _size)))
 
@@ -504,7 +504,7 @@ def _size(type_text: str) -> float:
 
 
 def _group(module: _Module, i: _Instruction) -> int:
-    """How many devices a group has: listed, as the last of the sizes of an iota, or as mesh axes."""
+    """The number of devices in a group, which is given as a list, an iota, or mesh axes."""
     if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", i.attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]<=", i.attributes):

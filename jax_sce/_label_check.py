@@ -1,9 +1,9 @@
-"""Labels outside [0, V), found at run time: what `jax.experimental.checkify` is to say of them.
+"""Have `jax.experimental.checkify` report labels outside [0, V) at run time.
 
-A bad label makes its loss NaN. Which label it was, `checkify.checkify(step, errors=user_checks)` tells.
-`checkify.check` would ask that every step be checkified, and `checkify.debug_check` leaves an effect in
-the program for which `jax.jit` dispatches each call by its slow path. So the labels pass through a
-primitive that does nothing, and checkify is given a rule for it.
+A bad label makes its loss NaN; `checkify.checkify(step, errors=user_checks)` says which label it was.
+We cannot call `checkify.check`, which requires that every step is checkified, nor
+`checkify.debug_check`, whose effect in the program makes `jax.jit` dispatch each call by its slow path.
+Instead the labels pass through a primitive that does nothing, and checkify gets a rule for it.
 """
 
 import functools
@@ -14,8 +14,8 @@ from jax import Array
 
 
 def class_index(labels: Array, num_classes: int, counts: Array | None) -> Array:
-    """Labels, [N...], as int32, -1 for those outside [0, V). Of the examples in `counts`, or of all,
-    checkify reports the first bad one."""
+    """Labels, [N...], as int32, with -1 for those outside [0, V). checkify reports the first bad one,
+    among the examples in `counts` if that is given."""
     args = (labels,) if counts is None else (labels, counts)
     labels = _primitive().bind(*args, num_classes=num_classes)
     good = _is_class(labels, num_classes)
@@ -23,7 +23,7 @@ def class_index(labels: Array, num_classes: int, counts: Array | None) -> Array:
 
 
 def _is_class(labels: Array, num_classes: int) -> Array:
-    """Which labels lie in [0, V). Compared in their own dtype, so nothing wraps."""
+    """Which labels lie in [0, V)? They are compared in their own dtype, so nothing wraps around."""
     good = labels >= 0
     if num_classes <= jnp.iinfo(labels.dtype).max:
         good &= labels < jnp.asarray(num_classes, labels.dtype)
@@ -32,7 +32,7 @@ def _is_class(labels: Array, num_classes: int) -> Array:
 
 @functools.cache
 def _primitive():
-    """Made on first use: what it needs takes ten times as long to import as all of this library."""
+    """Made on first use: its imports take ten times as long as all of this library."""
     from jax.extend.core import Primitive
     from jax.interpreters import batching, mlir
 
@@ -54,8 +54,8 @@ def _primitive():
 
 
 def _teach_checkify(primitive) -> None:
-    """JAX has no public registry of checkify's rules: if a later version has moved its own, bad labels
-    are NaN still, and not named."""
+    """JAX has no public registry of checkify's rules. If a later version moves its own, the loss of a
+    bad label is still NaN, but checkify does not name the label."""
     from jax.experimental import checkify
 
     try:

@@ -1,4 +1,4 @@
-"""From arrays as the caller laid them out to arrays as kernels want them, classes last, and back."""
+"""Convert arrays from the caller's layout to the kernels' (classes last), and back."""
 
 import math
 from typing import Any
@@ -10,13 +10,13 @@ from ._rows import Rows, Targets
 
 
 def is_16_or_32_bit(rows: Rows, targets: list[Targets]) -> bool:
-    """Do logits and distributions, arrays or their shapes, have a dtype that kernels take?"""
+    """Do logits and distributions (or their shapes) have a dtype that the kernels support?"""
     floats = [rows.logits, *(x.dense for x in targets if x.dense is not None)]
     return all(x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for x in floats)
 
 
 def batch(rows: Rows, x: Any) -> tuple[int, ...]:
-    """The sizes of the axes that are not of classes."""
+    """The sizes of the axes other than the class axes."""
     return tuple(n for axis, n in enumerate(x.shape) if axis - len(x.shape) not in rows.axes)
 
 
@@ -26,13 +26,13 @@ def of_rows(rows: Rows, x: Array) -> Array:
 
 
 def flat(rows: Rows, x: Array) -> Array:
-    """[N, V], or what broadcasts to it, as [n, V]."""
+    """[N, V], or an array that broadcasts to it, as [n, V]."""
     x = classes_last(rows, jnp.broadcast_to(x, rows.logits.shape))
     return x.reshape(math.prod(x.shape[:-1]), rows.num_classes)
 
 
 def shared_or_flat(rows: Rows, x: Array) -> Array:
-    """A mask or weights as [1, V] if they are the same for all rows, and else as [n, V]."""
+    """A mask or weights as [1, V] if all rows share them, else as [n, V]."""
     return classes_last(rows, x).reshape(1, -1) if math.prod(batch(rows, x)) == 1 else flat(rows, x)
 
 

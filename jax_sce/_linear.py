@@ -1,12 +1,15 @@
 """The loss of a linear head, from hidden states and kernel. The N x V logits never exist.
 
-"mean" and "sum" know the cotangent of every loss but for one factor, so when they are differentiated
-the forward rule computes the gradients along with the value (6NDV operations, as with whole logits) and
-the backward rule scales them. "none" has to wait for its cotangents, and computes the logits again.
+"mean" and "sum" know the cotangent of every example up to one common factor. When they are
+differentiated, the forward rule computes the gradients along with the value (6NDV operations, as with
+stored logits) and the backward rule scales them. "none" must wait for its cotangents, so its backward
+rule computes the logits again.
 
-References: taking gradients in the forward pass is Liger-Kernel's idea (Hsu et al., 2024,
+References: computing gradients in the forward pass is Liger-Kernel's idea (Hsu et al., 2024,
 arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none" does here.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -19,13 +22,14 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from . import _arguments, _axis, _cross_entropy, _head, _partition
+from . import _arguments, _axis, _cross_entropy, _head, _partition, _rules
 from ._aux import CrossEntropyAux
 from ._axis import AxisName
 from ._head import Cotangents, Inputs, Values
 from ._targets import Sparse, Teacher
+from ._types import ArrayLike, Reduction
 from ._weighting import mean_weights, reduce_losses
 
 
@@ -35,9 +39,10 @@ def linear_softmax_cross_entropy(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
     bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None, return_aux: Literal[False] = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, chunk_size: int | None = None,
+    dtype: DTypeLike | None = None, precision: PrecisionLike = None, return_aux: Literal[False] = False,
+    forward_mode: bool = False,
 ) -> Array: ...
 
 
@@ -46,85 +51,121 @@ def linear_softmax_cross_entropy(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
     bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None, return_aux: Literal[True], forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, chunk_size: int | None = None,
+    dtype: DTypeLike | None = None, precision: PrecisionLike = None, return_aux: Literal[True],
+    forward_mode: bool = False,
 ) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
+    bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Reduction = "none", axis_name: AxisName = None, chunk_size: int | None = None,
+    dtype: DTypeLike | None = None, precision: PrecisionLike = None, return_aux: bool,
+    forward_mode: bool = False,
+) -> Array | tuple[Array, CrossEntropyAux]: ...
 
 
 def linear_softmax_cross_entropy(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike | Sparse | Teacher, *,
     bias: ArrayLike | None = None, ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
-    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None, reduction: str = "none",
-    axis_name: AxisName = None, chunk_size: int | None = None, dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None, return_aux: bool = False, forward_mode: bool = False,
+    softcap: ArrayLike | None = None, temperature: ArrayLike | None = None,
+    reduction: Literal["none", "sum", "mean"] = "none", axis_name: AxisName = None,
+    chunk_size: int | None = None, dtype: DTypeLike | None = None, precision: PrecisionLike = None,
+    return_aux: bool = False, forward_mode: bool = False,
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, which are never held.
+    """Softmax cross-entropy of a linear head, without storing its logits.
 
-    The same as `softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias, labels)`, or
-    `softmax_cross_entropy` for other labels, with the logits accumulated in float32, in the memory of
-    one chunk of examples. With "mean" and "sum" the gradients are computed in the forward pass, as fast
-    as with whole logits; with "none" the backward pass computes the logits once more. Examples that do
-    not count, by `ignore_index` or a weight of 0, cost next to nothing; those of weight 0 only if the
-    weights are not differentiated, and not in forward mode.
+    For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    In a program that `jax.jit` splits over devices, each computes its own examples and classes, as
-    hidden states and kernel are laid out: see "On a mesh" in the README for what crosses.
+    The result is that of `softmax_cross_entropy_with_integer_labels(hidden @
+    kernel + bias, labels)`, or of `softmax_cross_entropy` for other labels. The
+    logits are accumulated in float32, one chunk of examples at a time.
 
-    Give it all examples at once, [N..., D]: under `jax.vmap` over examples it would make a gradient of
-    the kernel, [D, V], for each.
+    With "mean" and "sum" the forward pass also computes the gradients, and the
+    two passes take as long as with stored logits. With "none" the backward pass
+    computes the logits again. Examples that do not count, by `ignore_index` or
+    weight 0, cost next to nothing; but weight 0 saves nothing if the weights
+    are differentiated, or in forward mode.
+
+    In a program that `jax.jit` splits over devices, each device computes its
+    own examples and classes, as `hidden` and `kernel` are laid out.
+
+    Pass all examples in one call, [N..., D]. `jax.vmap` over examples would
+    make a gradient of the kernel, [D, V], for each of them.
 
     Args:
-      hidden: [N..., D], in float16, bfloat16, float32 or float64, as all floats here.
-      kernel: [D, V]. A tied embedding [V, D] is passed as `embedding.T` (XLA on CPU copies that once).
-        Of two dtypes, the wider is that of the products, unless `dtype` says otherwise; under
-        `jax.numpy_dtype_promotion("strict")` it has to.
-      labels: [N...] integers in [0, V); distributions [N..., V]; a `Sparse`, some classes of each
-        example; or a `Teacher`, the softmax of another head. (Without x64, `jax.jit` cuts NumPy's 64-bit
-        integers that are passed to your own jitted function before this one sees them.)
+      hidden: [N..., D], in float16, bfloat16, float32 or float64, like all
+        float arguments.
+      kernel: [D, V]. For a tied embedding [V, D] pass `embedding.T` (XLA on CPU
+        copies it once). If `hidden` and `kernel` differ in dtype, the products
+        are computed in the wider one; under
+        `jax.numpy_dtype_promotion("strict")` you must choose by `dtype`.
+      labels: [N...], integers in [0, V); [N..., V], distributions; a `Sparse`,
+        with a few classes of each example; or a `Teacher`, the softmax of
+        another head. (Without x64, `jax.jit` truncates NumPy's 64-bit integers
+        that are passed to your own jitted function, before this function sees
+        them.)
       bias: [V].
-      ignore_index: Examples with this label count nowhere: loss 0, gradient 0. For integer labels only.
-      label_smoothing: e, a scalar in [0, 1].
+      ignore_index: Examples with this label do not count: loss 0, gradient 0.
+        Only for class ids.
+      label_smoothing: e, a number in [0, 1].
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; 0 leaves it out. A scalar, or axes of size 1, serve
-        several.
-      z_loss: A scalar; adds `z_loss * L**2` to each example, L its log-normalizer, not class-weighted.
-      softcap: A positive scalar c; the logits become `c * tanh(logits / c)` first.
-      temperature: Positive, a scalar or [N...] (or axes of size 1); the logits, after the soft-cap, are
-        divided by it. Differentiated.
-      reduction: "none" for [N...], "sum", or "mean": the sum over the sum of
-        `weights * class_weights[label]` of the examples that count (of `weights` if labels are not class
-        ids), and 0 if there are none.
-      axis_name: The mesh axis, or axes, over which the classes are split inside `jax.shard_map`. V is
-        then the number of classes on this device; labels stay global, and the loss is that of whole
-        rows, the same on all devices of the axis. "mean" and "sum" are over this device's examples. With
-        `check_vma=False` differentiate outside: inside, JAX multiplies gradients by the axis size.
-      chunk_size: Examples in a chunk, whose float32 logits are held. None chooses by shapes and
-        platform: on CPU up to 128 MiB of logits, elsewhere 2048 examples or more in at most 2 GiB. On
-        CPU, chunks of 128 took as long as those of None, 256, in 0.6 to 0.8 of the temporary memory; 64
-        took up to 1.3 times as long, 32 1.7 and 16 2.5 times, in 0.2 to 0.6. Gradients of a 16-bit
-        kernel are summed in a float32 array of its size, whatever the chunk.
-      dtype: The dtype of the matrix products, one of those four, as Flax's layers have it; None for the
-        wider of `hidden` and `kernel`. bfloat16 with a kernel in float32 is mixed precision: hidden
-        states and kernel are rounded once for the products, and the kernel's gradient is summed and
-        returned in float32.
-      precision: Of the matrix products, as in `jax.numpy.dot`: None, "highest" and so on.
-      return_aux: Also return a `CrossEntropyAux`, [N...] each: log-normalizers and entropies, which are
-        differentiated exactly, predictions, and for class ids the labels' ranks. With "mean" and "sum"
-        the derivative of the first two, if it is used, computes the logits once more.
-      forward_mode: Differentiate by JAX's own rules for the loop over the chunks, for `jax.jvp`,
-        `jax.jacfwd`, `jax.linearize` and reverse over forward mode.
+      weights: [N...], the weight of each example; one of weight 0 does not
+        count. It may be a number, or have axes of size 1.
+      z_loss: A number; adds `z_loss * L**2` to each example, where L is its
+        log-normalizer. Class weights do not apply to it.
+      softcap: A positive number c; the logits become `c * tanh(logits / c)`.
+      temperature: A positive number, or one for each example, [N...] (or axes
+        of size 1). The logits are divided by it, after the soft-cap. It gets a
+        gradient.
+      reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
+        that by the sum of `weights * class_weights[label]` (of `weights`, if
+        labels are not class ids) over the examples that count, and is 0 if
+        there are none.
+      axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
+        are split, or a tuple of axes. V is then the number of classes on this
+        device. Labels stay global. The loss is that of the whole rows, equal on
+        all devices of the axis. "mean" and "sum" reduce over the examples of
+        this device. With `check_vma=False`, differentiate outside of
+        `shard_map`: inside, JAX multiplies gradients by the axis size.
+      chunk_size: How many examples a chunk has; its float32 logits are held in
+        memory. None chooses from shapes and platform: on CPU up to 128 MiB of
+        logits, elsewhere 2048 examples or more in at most 2 GiB. On CPU, chunks
+        of 128 took as long as the 256 that None chose, with 0.6 to 0.8 of the
+        temporary memory; chunks of 64 took up to 1.3 times as long, 32 1.7
+        times and 16 2.5 times, with 0.2 to 0.6 of it. The gradient of a 16-bit
+        kernel is summed in a float32 array of its size, whatever the chunk.
+      dtype: The dtype of the matrix products, as in Flax's layers; None means
+        the wider of `hidden` and `kernel`. bfloat16 with a float32 kernel is
+        mixed precision: `hidden` and `kernel` are rounded once for the
+        products, and the kernel's gradient is summed and returned in float32.
+      precision: The precision of the matrix products, as in `jax.numpy.dot`:
+        None, "highest" and so on.
+      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
+        entropy and, for class ids, the label's rank, of each example.
+        Log-normalizer and entropy are differentiated exactly; with "mean" and
+        "sum" their derivative computes the logits once more, if it is used.
+      forward_mode: Differentiate with JAX's own rules for the loop over the
+        chunks, for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over
+        forward mode.
 
     Returns:
-      The loss: [N...] or a scalar, float32 (float64 for float64 inputs), and with `return_aux` the pair
-      of it and the aux. Bad labels and logits give NaN as in the losses on logits, and `checkify` names
-      bad labels as there. The gradients come in the dtypes of their arguments, and are accumulated in
-      float32. (float16 has too short a range for gradients whose scale is not known: there "mean" and
-      "sum" compute the logits once more, too.)
+      The loss, [N...] or a scalar, in float32 (float64 for float64 inputs).
+      With `return_aux`, the pair of loss and aux. Bad labels and logits give
+      NaN as in the losses on logits, and `checkify` reports bad labels as
+      there. Gradients have the dtypes of their arguments, and are accumulated
+      in float32. (In float16, "mean" and "sum" also compute the logits once
+      more: gradients whose scale is not known yet would leave its range.)
 
     Raises:
-      TypeError, ValueError: An argument has the wrong type, shape or range; the message names it.
+      TypeError, ValueError: An argument has the wrong type, shape or range. The
+        message names it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -132,21 +173,26 @@ def linear_softmax_cross_entropy(
       >>> hidden = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
       >>> kernel = jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, -1.0]])
       >>> labels = jnp.array([0, 1, -100])
+      >>> losses = linear_softmax_cross_entropy(
+      ...     hidden, kernel, labels, ignore_index=-100)
       >>> with jnp.printoptions(precision=4):
-      ...     print(linear_softmax_cross_entropy(hidden, kernel, labels, ignore_index=-100))
+      ...     print(losses)
       [0.0949 0.1429 0.    ]
-      >>> loss, gradient = jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(
-      ...     hidden, kernel, labels, ignore_index=-100, reduction="mean")
+      >>> loss, gradient = jax.value_and_grad(
+      ...     linear_softmax_cross_entropy, argnums=1
+      ... )(hidden, kernel, labels, ignore_index=-100, reduction="mean")
       >>> print(f"{loss:.4f}", gradient.shape)
       0.1189 (2, 3)
 
     References:
-      Hsu et al. (2024), "Liger Kernel", arXiv:2410.10989; Wijmans et al. (2024), "Cut your losses in
-      large-vocabulary language models", arXiv:2411.09009; and those of
-      `softmax_cross_entropy_with_integer_labels` for the loss and its options.
+      Hsu et al. (2024), "Liger Kernel", arXiv:2410.10989; Wijmans et al.
+      (2024), "Cut your losses in large-vocabulary language models",
+      arXiv:2411.09009. For the loss and its options, those of
+      `softmax_cross_entropy_with_integer_labels`.
 
     See also:
-      `softmax_cross_entropy_with_integer_labels` and `softmax_cross_entropy`, of logits that exist.
+      `softmax_cross_entropy_with_integer_labels` and `softmax_cross_entropy`,
+      for logits that you have.
     """
     checked = inputs(
         hidden, kernel, labels, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -155,10 +201,10 @@ def linear_softmax_cross_entropy(
         return_aux=return_aux, chunk_size=chunk_size, dtype=dtype, precision=precision)
     mesh = jax.typeof(checked.hidden).sharding.mesh
     if not mesh.explicit_axes:
-        return loss_of(checked)
+        return _rules.call(loss_of, checked)
     if len(mesh.explicit_axes) < len(mesh.axis_names) or checked.hidden.size == 0:
-        return _in_automatic_mode(checked)(checked)
-    return _on_explicit_axes(checked)
+        return _rules.call(_in_automatic_mode(checked), checked)
+    return _rules.call(_on_explicit_axes, checked)
 # fmt: on
 
 
@@ -169,7 +215,7 @@ def inputs(
     hidden: ArrayLike, kernel: ArrayLike, labels: Any, *, bias: ArrayLike | None,
     ignore_index: int | None, axis_name: AxisName, dtype: Any, **options: Any,
 ) -> Inputs:  # fmt: skip
-    """The arguments of `linear_softmax_cross_entropy`, by those names."""
+    """Check the arguments of `linear_softmax_cross_entropy`, given by their public names."""
     hidden = _arguments.array("hidden", hidden, "floating")
     kernel = _arguments.array("kernel", kernel, "floating")
     batch, num_classes = _arguments.head(hidden, kernel)
@@ -188,10 +234,10 @@ def inputs(
     if isinstance(labels, Teacher):
         for name in ("label_smoothing", "class_weights"):
             if getattr(checked, name) is not None:
-                raise ValueError(f"{name} must be left out with a Teacher, a softmax as it is")
+                raise ValueError(f"{name} must be left out if labels are a Teacher")
     count = num_classes * _axis.size(checked.axis_name)
     labels = _cross_entropy.checked(labels, count, checked.counts, has_ids)
-    # A wider kernel is narrowed by the rule, so that its gradient is not.
+    # The rule narrows a wider kernel, so that its gradient stays wide.
     kernel = kernel if kernel.dtype.itemsize >= dtype.itemsize else kernel.astype(dtype)
     return Inputs(hidden.astype(dtype), kernel, labels, bias, checked)
 
@@ -199,7 +245,7 @@ def inputs(
 def _labels(
     labels: Any, batch: tuple[int, ...], num_classes: int, ignore_index: int | None
 ) -> tuple[Any, int | None, bool]:
-    """The labels and `ignore_index`, checked, and whether they are class ids."""
+    """The checked labels and `ignore_index`, and whether labels are class ids."""
     if isinstance(labels, Sparse):
         return _arguments.sparse(labels, batch), ignore_index, False
     if isinstance(labels, Teacher):
@@ -216,9 +262,9 @@ def _labels(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for, [N...]."""
+    """The loss, and the aux if it is asked for."""
     options = inputs.options
-    # An example of weight 0 whose hidden state is not finite counts as not valid.
+    # An example of weight 0 is invalid if its hidden state is not finite.
     if options.weights is not None:
         harmless = (options.weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
         inputs = dataclasses.replace(inputs, options=options.where(harmless))
@@ -226,9 +272,10 @@ def loss_of(inputs: Inputs) -> Any:
     if options.forward_mode:
         loss, aux = _partition.by_loop(_head.values_forward, inputs)
     else:
-        # In float16 the gradients have to be computed when their scale is known: it keeps them in range.
+        # float16 gradients stay in range only if their scale is known: leave them to the backward rule.
         sums = options.reduction != "none" and inputs.hidden.dtype != jnp.float16
-        loss, aux = _rule(sums, inputs)
+        # JAX's error about forward mode shows this line, comment included.
+        loss, aux = _rule(sums, inputs)  # jvp: forward_mode=True
     if options.reduction != "none":
         like = _head.nothing(inputs, inputs.batch).loss
         ids: Any = inputs.labels if inputs.has_ids else None
@@ -238,7 +285,7 @@ def loss_of(inputs: Inputs) -> Any:
 
 
 def _on_explicit_axes(inputs: Inputs) -> Any:
-    """Where JAX knows how the arguments are laid out: each device computes its part."""
+    """On a mesh with explicit axes JAX knows the layout: each device computes its own part."""
     sharding = jax.typeof(inputs.hidden).sharding
     layout = _partition.layout_of_arrays(inputs, sharding.mesh.shape)
     options = dataclasses.replace(
@@ -259,9 +306,8 @@ def _on_explicit_axes(inputs: Inputs) -> Any:
 
 
 def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
-    """Where only some axes are explicit, or there are no hidden states: `loss_of`, with the shardings
-    between its arguments and its results left to the compiler. Otherwise JAX would ask for that of every
-    gather and product."""
+    """`loss_of`, with the shardings inside left to the compiler. This is for meshes where only some axes
+    are explicit, and for empty `hidden`: JAX would ask for the sharding of every gather and product."""
     like = jax.typeof(inputs.hidden).sharding
     of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
     whole = NamedSharding(like.mesh, PartitionSpec())
@@ -272,9 +318,10 @@ def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
 
 
 def _varied(inputs: Inputs) -> Inputs:
-    """Inside `jax.shard_map`, what varies over a mesh axis makes all else vary: a kernel that each
-    device holds whole gets a gradient on each, and JAX sums them once, outside the rules. Over the
-    devices among which the classes are split, what meets the classes varies, and no loss does."""
+    """Inside `jax.shard_map`, make all arrays vary over the mesh axes that any of them varies over. A
+    kernel that is whole on every device then gets a gradient on each, and JAX sums these once, outside
+    the rules. Over the axes that split the classes, only arrays that meet the classes vary; the losses
+    do not."""
     (inputs,) = _axis.vary_alike(inputs, but=inputs.options.axis_name)
     arrays = inputs.arrays()
     names = (
@@ -289,19 +336,19 @@ def _varied(inputs: Inputs) -> Inputs:
 
 
 class _Residuals(NamedTuple):
-    """What is differentiated is known when the rule is traced, and the backward rule needs to know it.
-    But the residuals must be the same tree whatever that is, for JAX may take one trace's tree for
-    another's (of a jitted function that is differentiated by one argument, and by two). So every name
-    has an array, which is empty if its argument is not differentiated."""
+    """The backward rule must know which arguments are differentiated, which the forward rule sees while
+    tracing. But the residuals must always be the same tree: JAX may reuse the tree of another trace (of
+    a jitted function that is differentiated by one argument, then by two). So every argument has an
+    array here, empty if it is not differentiated."""
 
     inputs: Inputs
-    wanted: dict[str, Array]  # the gradients of the sum; anything, where that is not asked for
+    wanted: dict[str, Array]  # the gradients of the sum; any other numbers if "none" is asked for
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rule(sums: bool, inputs: Inputs) -> Values:
-    """The losses one by one, whose gradients take the logits once more; or their sum, whose gradients
-    are computed with it when it is differentiated."""
+    """The losses one by one, whose backward rule computes the logits again; or, if `sums`, their sum,
+    whose forward rule computes the gradients."""
     return _summed(sums, _partition.values(inputs))
 
 
@@ -312,7 +359,7 @@ def _summed(sums: bool, values: Values) -> Values:
 def _fwd(sums, inputs):
     wrapped: dict[str, Any] = inputs.arrays()
     inputs = inputs.having({k: x.value for k, x in wrapped.items()})
-    # Under `jax_custom_vjp3`, `jax.checkpoint` says of integers too that they are differentiated.
+    # Under `jax_custom_vjp3`, `jax.checkpoint` marks integers as differentiated, too.
     floats = {k for k, x in inputs.arrays().items() if jnp.issubdtype(x.dtype, jnp.floating)}
     wanted = frozenset(k for k in floats if wrapped[k].perturbed)
     if sums:
@@ -340,7 +387,7 @@ def _bwd(sums, residuals, cotangents):
     g = _axis.total_cotangent(inputs.options.axis_name, g)
     if is_scaled:
         gradients = {k: g.loss * x.astype(g.loss.dtype) for k, x in gradients.items()}
-    else:  # the gradients that were computed with the sum, if any, are not the ones asked for
+    else:  # gradients that the forward rule may have computed lack the cotangents of the aux
         _, gradients = _partition.gradients(frozenset(gradients), inputs, g)
     return (inputs.having({k: x.astype(arrays[k].dtype) for k, x in gradients.items()}),)
 

@@ -1,11 +1,11 @@
-"""A head as one operation: by which loop it runs, and how it splits itself over devices.
+"""A head as one operation: choose its loop, and split it over devices.
 
-In a program that the compiler splits, `custom_partitioning` says how hidden states and kernel are laid
-out, and each device runs the loop over its own examples and classes. If the kernel's features are split
-over devices that have different examples (FSDP), they are gathered once, before the loop. In the loop
-only row statistics cross. After it the gradients are summed once, and the kernel's is reduce-scattered
-if its features are split. A `Layout` describes this. Where it is known while tracing, by `shard` and on
-meshes with explicit axes, it goes to `jax.shard_map` instead."""
+In a program that the compiler splits, `custom_partitioning` tells us how hidden states and kernel are
+laid out, and each device runs the loop over its own examples and classes. If devices with different
+examples split the kernel's features (FSDP), the features are gathered once, before the loop. In the loop
+devices exchange only row statistics. After it the gradients are summed once; the kernel's gradient is
+reduce-scattered if its features are split. A `Layout` describes this. If the layout is known while
+tracing, from `shard` or on meshes with explicit axes, `jax.shard_map` is used instead."""
 
 import dataclasses
 import functools
@@ -25,21 +25,25 @@ from ._head import OF_EXAMPLES, Cotangents, Inputs, Values, values_like
 from ._targets import Sparse, Teacher
 
 Axes = tuple[str, ...]
-# Each device of the classes has its own part of these gradients; all others are summed over them.
+# Devices that split the classes keep their parts of these gradients. All others are summed over them.
 _OF_CLASSES = ("kernel", "bias", "class_weights", "labels")
-# The axes of features, which are whole while the loop runs.
+# The feature axes, which are whole while the loop runs.
 _FEATURES = {"hidden": -1, "kernel": 0, "labels.hidden": -1, "labels.kernel": 0}
 
 
 class Layout(NamedTuple):
-    """The mesh axes that split each thing; no axis occurs twice among examples and classes."""
+    """The mesh axes that split each array. No axis occurs twice among examples and classes.
+
+    An all-to-all before the loop turns a split of the kernel's features over `moved` into a split of its
+    classes. One after the loop turns a split of its gradient's classes over `returned` into a split of
+    the features. Both are the last axes of `classes`."""
 
     examples: tuple[Axes, ...]  # for each axis of the examples
     classes: Axes
-    features: Axes  # the kernel's, which are gathered before the loop
-    moved: Axes = ()  # the last of `classes` that split the kernel's features before: an all-to-all
-    returned: Axes = ()  # the last of `classes` that split its gradient's features after: the reverse
-    scattered: Axes = ()  # the kernel's gradient's features, which are reduce-scattered
+    features: Axes  # of the kernel, gathered before the loop
+    moved: Axes = ()
+    returned: Axes = ()
+    scattered: Axes = ()  # of the features of its gradient, which is reduce-scattered
 
     @property
     def all_examples(self) -> Axes:
@@ -47,41 +51,41 @@ class Layout(NamedTuple):
 
     @property
     def kernel(self) -> tuple[Axes, Axes]:
-        """How the kernel comes: (features, classes)."""
+        """The split of the kernel before the loop: (features, classes)."""
         return self.features + self.moved, self.classes[: len(self.classes) - len(self.moved)]
 
     @property
     def gradient(self) -> tuple[Axes, Axes]:
-        """How its gradient leaves: (features, classes)."""
+        """The split of its gradient after the loop: (features, classes)."""
         held = self.classes[: len(self.classes) - len(self.returned)]
         return self.scattered + self.returned, held
 
 
-# What is computed of a head: its values, the kernel with all features of a device's classes, or the
-# gradients by the arrays of these names, with the values.
+# What to compute: the values; the kernel with all features of a device's classes; or the values and the
+# gradients by the arrays of these names.
 What = Literal["values", "kernel"] | frozenset[str]
 
 
 def values(inputs: Inputs) -> Values:
-    """The values of a head, `_head.values`, by the loop of the platform."""
+    """The values of a head, `_head.values`, with the loop of the platform."""
     return _bind("values", inputs)
 
 
 def kernel(inputs: Inputs) -> Array:
-    """The kernel, as what computes the head twice should keep it: in a program that the compiler splits,
-    each device has all features of its classes, which are gathered only once."""
+    """The kernel to save for computing the head again. In a program that the compiler splits, each
+    device saves all features of its classes, so that they are gathered only once."""
     return _bind("kernel", inputs)
 
 
 def gradients(
     wanted: frozenset[str], inputs: Inputs, g: Cotangents
 ) -> tuple[Values, dict[str, Array]]:
-    """The values and the gradients of a head, `_head.gradients`, likewise."""
+    """The values and gradients of a head, `_head.gradients`, with the loop of the platform."""
     return _bind(wanted, inputs, g)
 
 
 def by_loop(function: Callable, *args: Any) -> Any:
-    """`function(loop, *args)` by the loop of the platform, in plain JAX."""
+    """`function(loop, *args)` with the loop of the platform, in plain JAX."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count()
     if mesh.manual_axes:  # the compiler may still split over the axes that are not manual
@@ -96,8 +100,8 @@ def by_loop(function: Callable, *args: Any) -> Any:
 
 
 def _function(what: What) -> Callable:
-    """`function(loop, inputs, *g)`, with cotangents for gradients. A kernel that is wider than the
-    products is narrowed once, before the loop; its gradient is not."""
+    """`function(loop, inputs, *g)`; gradients take cotangents. A kernel wider than the products is
+    narrowed once, before the loop; its gradient stays wide."""
     if what == "values":
         return lambda loop, inputs: _head.values(loop, inputs.narrowed())
     if what == "kernel":
@@ -106,12 +110,12 @@ def _function(what: What) -> Callable:
 
 
 def _narrowed(what: What, inputs: Inputs) -> Inputs:
-    """Before anything is sent."""
+    """Narrow the kernel before it is sent."""
     return inputs if what == "kernel" else inputs.narrowed()
 
 
 def _results(what: What, inputs: Inputs) -> Any:
-    """The shapes of what it gives."""
+    """The shapes of the results."""
     if what == "kernel":
         return jax.ShapeDtypeStruct(inputs.kernel.shape, inputs.kernel.dtype)
     of_each = jax.ShapeDtypeStruct(inputs.batch, inputs.dtype)
@@ -127,7 +131,7 @@ def _results(what: What, inputs: Inputs) -> Any:
 
 
 def _bind(what: What, *args: Any) -> Any:
-    if jax.sharding.get_abstract_mesh().manual_axes:  # where `custom_partitioning` cannot serve
+    if jax.sharding.get_abstract_mesh().manual_axes:  # `custom_partitioning` does not work there
         return by_loop(_function(what), *args)
     leaves, tree = jax.tree.flatten(args)
     out = _primitive().bind(*leaves, what=what, tree=tree)
@@ -136,7 +140,7 @@ def _bind(what: What, *args: Any) -> Any:
 
 @functools.cache
 def _primitive():
-    """Made on first use: what it needs takes long to import."""
+    """Made on first use: its imports take long."""
 
     def eager(*leaves, what, tree):  # under `jax.disable_jit`
         loop = _backend.backend_of(jax.default_backend()).loop
@@ -163,7 +167,7 @@ def _primitive():
 
 
 def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, Any]:
-    """The loop on each device, or one that the compiler can split."""
+    """A loop on each device, or one loop that the compiler can split."""
     function, loop = _function(what), _backend.backend_of(platform).loop
     if _backend.program(context) == "split":
         on_devices = _backend.with_devices(context, platform)
@@ -180,10 +184,10 @@ def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, 
 
 
 def _with_whole_features(what: What, function: Callable, devices: int) -> Callable:
-    """Have the compiler gather features before the loop, and split those of the gradients after it.
-    Otherwise it would sum logits over the devices in every chunk, and scatter the kernel's gradient. It
-    lays out examples and classes as it likes."""
-    # Only the number of devices counts: no axis of the mesh is named.
+    """Have the compiler gather features before the loop, and split the gradients' features after it.
+    Otherwise it would sum logits over the devices in every chunk, and scatter the kernel's gradient
+    there. It is free to lay out examples and classes."""
+    # Only the number of devices counts: no mesh axis is named.
     mesh = Mesh(np.array(jax.devices()[:1] * devices), ("jax_sce",))
 
     def whole(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -211,9 +215,9 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
     results = _results(what, whole)
 
     def laid_out(make, row, hidden, kernel, gradient, gathered, classes, other):
-        """The arguments and the results with `make(*axes)` in place of each array, given the axes of a
-        row, of the hidden states' features, of the kernel as argument, gradient and result, of the
-        classes, and of what else an example has."""
+        """The arguments and results with `make(*axes)` in place of each array. The parameters are the
+        axes of the examples, the hidden states' features, the kernel (as argument, gradient and
+        result), the classes, and the other axis of an example: see `axes_of`."""
         axes = axes_of(whole, row, hidden, kernel, classes, other)
         of_row = make(*row)
         of_g = (jax.tree.map(lambda _: of_row, g) for g in args[1:])
@@ -228,7 +232,7 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
 
     def rule(mesh, operand_types, result_types):
         row, kernel = [f"n{axis}" for axis in range(len(whole.batch))], ("d", "v")
-        # The gradient may be laid out otherwise than the kernel: other features.
+        # The gradient may split its features differently from the kernel.
         others = ("e", "v"), ("g", "v")
         sides = laid_out(lambda *x: " ".join(x), row, "h", kernel, *others, "v", "t")
         return " -> ".join(", ".join(jax.tree.leaves(side)) for side in sides)
@@ -269,9 +273,9 @@ def _split_over(x: Any) -> tuple[Axes, ...]:
 def axes_of(
     inputs: Inputs, row: Any, hidden: Any, kernel: Any, classes: Any, other: Any
 ) -> dict[str, Any]:
-    """The names of the axes of each array, by its name, given those of the examples' axes, the hidden
-    states' features, the kernel's axes, the classes, and what else an example has: a teacher's features,
-    or several classes."""
+    """The axes of each array, by its name, given the axes of the examples (`row`), the hidden states'
+    features, the kernel, the classes, and the other axis of an example: a teacher's features, or the K
+    classes of a `Sparse`."""
     known = {
         "hidden": (*row, hidden),
         "kernel": kernel,
@@ -292,20 +296,20 @@ def layout_of(
     inputs: Inputs, examples: tuple[Axes, ...], kernel: tuple[Axes, ...], gradient: Axes,
     sizes: Mapping[str, int],
 ) -> Layout:  # fmt: skip
-    """The layout to compute in, given how the examples, the kernel and the features of its gradient are
-    laid out."""
+    """The layout to compute in, given the split of the examples, of the kernel, and of the features of
+    its gradient."""
 
     def divides(size: int, *axes: Axes) -> bool:
         return size % math.prod(sizes[axis] for axis in itertools.chain(*axes)) == 0
 
     features, classes = kernel
     num_features, num_classes = inputs.kernel.shape
-    # An axis that splits both stays with the larger, so that the smaller array is gathered.
+    # An axis that splits both examples and classes stays with the larger: gather the smaller array.
     if math.prod(inputs.batch) > num_classes:
         classes = tuple(a for a in classes if a not in itertools.chain(*examples))
     examples = tuple(tuple(a for a in axes if a not in classes) for axes in examples)
     split = [*itertools.chain(*examples)]
-    # Devices that have the same examples would all compute the same: give them a part of the classes.
+    # Devices with the same examples would all compute the same: give each a part of the classes.
     moved = tuple(axis for axis in features if axis not in split)
     features = features if divides(num_features, features) else ()
     if moved and features[-len(moved) :] == moved and divides(num_classes, classes, moved):
@@ -325,19 +329,20 @@ def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
     """The same for arrays on a mesh with explicit axes."""
     hidden, kernel = (_split_over(jax.typeof(x)) for x in (inputs.hidden, inputs.kernel))
     layout = layout_of(inputs, hidden[:-1], kernel, kernel[0], sizes)
-    # What is gathered over devices that have the same examples does not vary, and JAX would not know.
+    # A kernel gathered over devices with the same examples does not vary, but JAX would not know that.
     features = tuple(axis for axis in layout.features if axis in layout.all_examples)
     return layout._replace(features=features)
 
 
 def spec(*axes: Any) -> Any:
-    """Over no mesh axis, () or None: not split. `Any`, to stand where an array stands in a tree."""
+    """A partition spec, with () or None for an axis that is not split. Its type is `Any`, because it
+    replaces arrays in a tree."""
     return PartitionSpec(*(x or None for x in axes))
 
 
 def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
-    """What `jax.shard_map` is told of the arguments and of the results of a head's loss, which each
-    device computes from its inputs `gathered`."""
+    """The specs for `jax.shard_map`: of the arguments, which each device passes to `gathered`, and of
+    the results of a head's loss."""
 
     axes = axes_of(inputs, layout.examples, (), layout.kernel, layout.classes, ())
     row, options = spec(*layout.examples), inputs.options
@@ -348,7 +353,7 @@ def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
 
 
 def gathered(inputs: Inputs, layout: Layout) -> Inputs:
-    """With all features of the kernel's classes."""
+    """The inputs of a device, with all features of the classes that it computes."""
     kernel = inputs.kernel
     if layout.moved:
         kernel = lax.all_to_all(kernel, layout.moved, split_axis=1, concat_axis=0, tiled=True)
@@ -358,7 +363,7 @@ def gathered(inputs: Inputs, layout: Layout) -> Inputs:
 
 
 def on_each_device(what: What, function: Callable, layout: Layout, whole: Inputs) -> Callable:
-    """`function(inputs, *g)`, which computes that of a head, of the arrays that a device has."""
+    """`function(inputs, *g)` as a function of the arrays that a device holds."""
 
     def run(inputs: Inputs, *g: Any) -> Any:
         arrays, inputs = inputs.arrays(), _narrowed(what, inputs)
@@ -372,8 +377,8 @@ def on_each_device(what: What, function: Callable, layout: Layout, whole: Inputs
 
 
 def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
-    """Leave out what pads the last devices' parts, whatever it holds: those examples are not valid, and
-    those classes do not exist."""
+    """Leave out the padding of the last devices, whatever it holds: padded examples are not valid, and
+    padded classes do not exist."""
     kernel, bias, labels, options = inputs.kernel, inputs.bias, inputs.labels, inputs.options
     for axis, (axes, size) in enumerate(zip(layout.examples, whole.batch, strict=True)):
         here = inputs.batch[axis]
@@ -387,9 +392,10 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
         kernel = jnp.where(exists, kernel, 0)
         bias = None if bias is None else jnp.where(exists[0], bias, 0)
         if isinstance(labels, Teacher):
-            of_bias = None if labels.bias is None else jnp.where(exists[0], labels.bias, 0)
-            of_kernel = jnp.where(exists, labels.kernel, 0)
-            labels = dataclasses.replace(labels, kernel=of_kernel, bias=of_bias)
+            teacher: Any = labels
+            of_bias = None if teacher.bias is None else jnp.where(exists[0], teacher.bias, 0)
+            of_kernel = jnp.where(exists, teacher.kernel, 0)
+            labels = dataclasses.replace(teacher, kernel=of_kernel, bias=of_bias)
         elif not isinstance(labels, Sparse) and not inputs.has_ids:
             labels = jnp.where(jnp.expand_dims(exists[0], range(len(inputs.batch))), labels, 0)
         if options.class_weights is not None:
@@ -400,8 +406,8 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
 
 
 def _total(name: str, gradient: Array, like: Array, layout: Layout) -> Array:
-    """The gradient summed over the devices. It is rounded before it is sent, so that the gradient of a
-    16-bit array sends 16 bits."""
+    """The gradient summed over the devices. It is rounded before it is sent: 16 bits per element for a
+    16-bit array."""
     axes = () if name in OF_EXAMPLES else layout.all_examples
     if name not in _OF_CLASSES:
         axes += layout.classes

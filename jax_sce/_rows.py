@@ -1,49 +1,49 @@
-"""The mathematics: what is known of a row of logits, and every derivative that follows from it.
+"""The mathematics: the statistics of a row of logits, and every derivative that follows from them.
 
-A row is the logits of one example. All that a softmax cross-entropy needs to know of it is
+A row is the logits of one example. A softmax cross-entropy needs only two numbers of it:
 
     max  = max_j z_j
     tail = sum_j e^{z_j - max} - 1        summed without the one: see below
 
-for then `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
+With them `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
 
     loss            E = sum_j y_j (max - z_j) + sum(y) log1p(tail)
     log-normalizer  L = max + log1p(tail)
     softmax         o_j = e^{z_j - max} / S
 
 Shapes: every array here has the rank of the logits and broadcasts to them. `[N, V]` is the logits'
-shape with the classes on any axes, `[N, 1]` the same with 1 on the class axes. So nothing is
-transposed, and an axis that `jax.vmap` adds is one more in front of everything.
+shape, with the classes on any axes; `[N, 1]` is the same with 1 on the class axes. So nothing is
+transposed, and `jax.vmap` adds one more axis in front of every array.
 
-One pass: `(max, tail)` is a commutative monoid, and `merge` is a reduction operator: `lax.reduce` with
-it reads the logits once. What it carries is `(max, others)`: `others` is the sum of `e^{z_j - R}` over
-all classes but one at the maximum, relative to `R(max)`, the multiple of 4 below the maximum. Two
-references are equal or differ by 4 and more, and their difference is exact. So a merge either rescales
-nothing, or shrinks what it rescales by e^-4: the roundings of rescaling do not pile up, in whatever
-order the classes come. `whole_statistics` merges the parts of rows that devices split.
+One pass: `(max, tail)` is a commutative monoid, and `merge` is its reduction operator: `lax.reduce` with
+it reads the logits once. It carries `(max, others)`. `others` is the sum of `e^{z_j - R}` over all
+classes but one at the maximum, where the reference `R(max)` is the multiple of 4 below the maximum. Two
+references are equal or differ by at least 4, and their difference is exact. So a merge either rescales
+nothing, or shrinks what it rescales by e^-4 or more: rounding errors of rescaling do not pile up,
+whatever the order of the classes. `whole_statistics` merges the parts of rows that devices split.
 
-Accuracy: `L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is what training
-strives for. Nothing here cancels:
+Accuracy: `L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is the goal of
+training. Nothing here cancels:
 
-* `tail` is a sum of positive terms. The one of the maximum is left out, not added and subtracted again,
-  so a confident row, whose tail is 1e-20, keeps all digits of it.
+* `tail` is a sum of positive terms. The one of the maximum is left out, not added and then subtracted,
+  so a confident row with a tail of 1e-20 keeps all its digits.
 * With an integer label at distance `d = z_y - max <= 0` the loss is `log1p(tail) - d`: two terms that
   are not negative.
-* The label's gradient `o_y - 1 = -(S - e^d) / S` takes the sum over the other classes as `tail -
-  expm1(d)`, which again adds two terms that are not negative.
+* The label's gradient `o_y - 1 = -(S - e^d) / S` computes the sum over the other classes as `tail -
+  expm1(d)`: again two terms that are not negative.
 
-With the unit roundoff u, 2^-24 in float32, and sums in pairs or blocks:
+Relative error bounds, with the unit roundoff u, 2^-24 in float32, and sums in pairs or blocks:
 
-* The loss is within 16u; for a distribution that is not one-hot, relative to
+* The loss is within 16u. For a distribution that is not one-hot, this is relative to
   `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. `L` is within 2^-22 of `max(1, |L|)`.
-* An element of the gradient carries the rounding of its own distance and some six more: it is within
-  `(6 + |z_j - max|) 2^-22` in float32; if the targets are not one-hot, relative to `o_j |sum(y)| +
-  |y_j|`, for there it has a zero in between. Rounding to 16 bits comes on top, once.
+* An element of the gradient carries the rounding of its own distance and about six more: it is within
+  `(6 + |z_j - max|) 2^-22` in float32. If the targets are not one-hot, the element may cross zero, and
+  this is relative to `o_j |sum(y)| + |y_j|`. Rounding to 16 bits adds to it once.
 * Terms below the smallest normal number, 2^-126, may be lost. With a soft-cap, the bounds hold for the
-  capped logits as they are rounded.
-* XLA may fuse logits that the same program computes, `loss(x * t)`, and leave out the rounding of
-  `x * t` where the maximum is subtracted. `below` takes the smaller of logit and maximum first: the
-  label's distance is exact, and others are off by up to half a unit in the last place of the maximum.
+  rounded capped logits.
+* If the same program computes the logits, `loss(x * t)`, XLA may fuse the product and skip its rounding
+  where the maximum is subtracted. `below` takes the minimum of logit and maximum first. So the label's
+  distance is exact, and others are off by at most half a unit in the last place of the maximum.
 
 References: the derivative is that of Bridle (1990), "Probabilistic interpretation of feedforward
 classification network outputs"; `merge` is the online normalizer of Milakov and Gimelshein (2018),
@@ -62,26 +62,26 @@ from . import _axis
 from ._axis import AxisName
 from ._elementary import below, exp_below, exp_difference, soft_cap, temper, weigh
 
-STATIC = {"static": True}  # of a field: part of a pytree's structure
+STATIC = {"static": True}  # metadata of a dataclass field: part of the pytree's structure
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
-    """float32, or float64 for float64: 16-bit types are only for storage."""
+    """float64 for float64, else float32: 16-bit types are only for storage."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Logits as the caller holds them. Residuals keep this, and nothing computed of its size."""
+    """Logits as the caller holds them. Residuals keep these, and no computed array of that size."""
 
     logits: Array  # [N, V]
-    axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes, from the last
+    axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes, negative
     mask: Array | None = None  # bool, broadcasts to [N, V]: the classes to keep
     softcap: Array | None = None  # [1, 1]
     temperature: Array | None = None  # [N, 1]
-    first_class: Array | None = None  # int32, [1, 1], of those here, if devices split them
-    axis_name: AxisName = dataclasses.field(default=None, metadata=STATIC)  # that splits them
+    first_class: Array | None = None  # int32, [1, 1]: the first on this device, if they are split
+    axis_name: AxisName = dataclasses.field(default=None, metadata=STATIC)  # mesh axis of classes
 
     @property
     def num_classes(self) -> int:
@@ -108,12 +108,12 @@ class Rows:
         return jax.vmap(self.expand, -1, self.axes[-1])(x).reshape(shape)
 
     def squeeze_last(self, x: Array) -> Array:
-        """And back."""
+        """[N, K] as [N..., K]."""
         x = jnp.moveaxis(x, self.axes, range(-len(self.axes), 0))
         return x.reshape(*x.shape[: -len(self.axes)], x.shape[-1])
 
     def expand_classes(self, x: Array) -> Array:
-        """To the full size of the class axes alone: what all rows share stays small."""
+        """Broadcast only the class axes: an array that all rows share stays small."""
         shape, ndim = self.logits.shape, self.logits.ndim
         sizes = [shape[a] if a - ndim in self.axes else n for a, n in enumerate(x.shape)]
         return jnp.broadcast_to(x, sizes)
@@ -129,12 +129,12 @@ class Rows:
         return ids if self.first_class is None else ids + self.first_class
 
     def places(self, labels: Array) -> Array:
-        """Class ids as places among the classes on this device."""
+        """Class ids counted from the first class on this device."""
         return labels if self.first_class is None else labels - self.first_class
 
     def values(self) -> Array:
-        """The logits that the loss is of, [N, V]: -inf where masked."""
-        # A masked logit may be NaN, whose derivative must not be reached: it is 0 at first.
+        """The logits that the loss sees, [N, V]: capped, tempered, and -inf where masked."""
+        # A masked logit may be NaN. Make it 0 first, so that no derivative meets the NaN.
         return self.masked(self.of_raw(self.masked(self.logits.astype(self.dtype), 0)))
 
     def masked(self, x: Array, fill: float = -jnp.inf) -> Array:
@@ -142,28 +142,28 @@ class Rows:
 
     @property
     def is_raw(self) -> bool:
-        """Are the values, but for the mask, the logits as they are stored?"""
+        """Are the values the stored logits, apart from the mask?"""
         return self.softcap is None and self.temperature is None
 
     def raw(self, x: Array) -> Array:
-        """Widen stored logits; with a soft-cap, raise -inf to the lowest finite number: -inf marks
-        masked ones."""
+        """Widen stored logits. With a soft-cap, raise -inf to the lowest finite number, because -inf
+        marks masked logits."""
         x = x.astype(self.dtype)
         return x if self.softcap is None else jnp.maximum(x, jnp.finfo(x.dtype).min)
 
     def of_raw(self, x: Array) -> Array:
-        """Soft-capped, and then divided by the temperature."""
+        """Apply the soft-cap, then the temperature."""
         if self.softcap is not None:
             x = soft_cap(x, self.softcap.astype(x.dtype))
         return x if self.temperature is None else temper(x, self.temperature.astype(x.dtype))
 
     def at(self, labels: Array) -> Array:
-        """K logits of each row, [N, K], raw, and -inf where masked; anything if a class is not here."""
+        """K raw logits of each row, [N, K]: -inf where masked, arbitrary if the class is not here."""
         picked = self.raw(self.pick(self.logits, labels))
         return picked if self.mask is None else jnp.where(self.has(labels), picked, -jnp.inf)
 
     def has(self, labels: Array) -> Array:
-        """bool, [N, K]: which classes are here, and not masked."""
+        """bool, [N, K]: is the class on this device, and not masked?"""
         places = self.places(labels)
         has = (places >= 0) & (places < self.num_classes)
         if self.mask is None:
@@ -171,23 +171,22 @@ class Rows:
         return has & self.pick(jnp.broadcast_to(self.mask, self.logits.shape), labels)
 
     def pick(self, x: Array, labels: Array) -> Array:
-        """`x` [N, V] at class ids [N, K], which lie on the last class axis."""
+        """`x` [N, V] at class ids [N, K], with K on the last class axis."""
         places = jnp.clip(self.places(labels), 0, self.num_classes - 1)
         if len(self.axes) == 1:
             return jnp.take_along_axis(x, places, self.axes[0], mode="promise_in_bounds")
         return x.at[self._index(places)].get(mode="promise_in_bounds")
 
     def put(self, x: Array, labels: Array, new: Array) -> Array:
-        """`x` [N, V] with `new` [N, K] at class ids [N, K], which are all different; those that are not
-        here go nowhere."""
+        """`x` [N, V] with `new` [N, K] at class ids [N, K], all different. Classes that are not here are
+        dropped."""
         places = self.places(labels)
-        places = jnp.where(
-            places < 0, self.num_classes - places, places
-        )  # or it counts from the end
+        # JAX counts negative indices from the end: move them out of range.
+        places = jnp.where(places < 0, self.num_classes - places, places)
         return x.at[self._index(places)].set(new, mode="drop", unique_indices=True)
 
     def _index(self, places: Array) -> tuple[Array, ...]:
-        """Of each axis; of a place that is none of the classes, out of range."""
+        """The index on each axis, out of range for a place that is not a class."""
         shape = places.shape
         index = [lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
         first, *others = self.axes
@@ -200,12 +199,12 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Labels as distributions: `w_c ((1 - e) y_c + e / V)`, y one-hot at `ids`, or else `dense`."""
+    """Labels as distributions, `w_c ((1 - e) y_c + e / V)`: y is one-hot at `ids`, or `dense`."""
 
-    ids: Array | None  # class ids, int32, [N, 1]; -1 for a bad one
+    ids: Array | None  # class ids, int32, [N, 1], with -1 for a bad one
     dense: Array | None  # [N, V], floats, or integers and bools of one-hot rows
     label_smoothing: Array | None  # e, [1, 1]
-    uniform: Array  # [N, 1] or [1, 1], one over the number of classes in the row, on all devices
+    uniform: Array  # [N, 1] or [1, 1], 1 / V, with V the classes of the row on all devices
     class_weights: Array | None  # [1, V]
 
     def values(self, rows: Rows) -> Array:
@@ -226,7 +225,7 @@ class Targets:
 
 
 class Statistics(NamedTuple):
-    """The sum of the exponentials of each row is `(1 + tail) e^max`; both of one shape."""
+    """The statistics of each row, in one shape. The sum of exponentials is `(1 + tail) e^max`."""
 
     max: Array
     tail: Array
@@ -235,24 +234,24 @@ class Statistics(NamedTuple):
         return self.max + jnp.log1p(self.tail)
 
     def label_loss(self, label_distance: Array) -> Array:
-        """`-log o_y`, from the label's distance `z_y - max`."""
+        """`-log o_y`, given the label's distance `z_y - max`."""
         return jnp.log1p(self.tail) - label_distance
 
     def target_loss(self, target_sum: Array, target_dot: Array) -> Array:
-        """`-sum_j y_j log o_j`, from the sums of `y` and of `y (z - max)`."""
+        """`-sum_j y_j log o_j`, given the sums of `y` and of `y (z - max)`."""
         return target_sum * jnp.log1p(self.tail) - target_dot
 
     def entropy(self, spread: Array) -> Array:
-        """`-sum_j o_j log o_j`, from the sum of `e^{z - max} (z - max)`."""
+        """`-sum_j o_j log o_j`, given the sum of `e^{z - max} (z - max)`."""
         return jnp.log1p(self.tail) - spread / (1 + self.tail)
 
     def label_factors(
         self, label_distance: Array, g_loss: Array, constant: Array, slope: Array | None
     ) -> tuple[Array, Array, Array | None]:
-        """The numbers of `label_cotangent`: `g_loss (o - y) + (constant + slope (z - max)) o` for
-        one-hot y."""
+        """The factors that make `label_cotangent` compute
+        `g_loss (o - y) + (constant + slope (z - max)) o` for one-hot y."""
         others = self.tail - jnp.expm1(label_distance)
-        normalizer = others + jnp.exp(label_distance)  # NaN for all of the row if the label is bad
+        normalizer = others + jnp.exp(label_distance)  # NaN, for the whole row, if the label is bad
         of_softmax = affine(constant, slope, label_distance)
         at_label = (of_softmax * jnp.exp(label_distance) - g_loss * others) / normalizer
         slope = None if slope is None else slope / normalizer
@@ -279,12 +278,12 @@ def merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _merge_labels(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`merge`, and the largest of further numbers."""
+    """`merge`, and the maxima of further numbers."""
     return *merge(a[:2], b[:2]), *map(jnp.maximum, a[2:], b[2:])
 
 
 def _merge_targets(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`_merge_labels`, with the sums of `y` and of `y (z - max)`, rebased when the maximum moves."""
+    """`_merge_labels`, and the sums of `y` and of `y (z - max)`, updated when the maximum moves."""
     (max_a, others_a, sum_a, dot_a, *more_a), (max_b, others_b, sum_b, dot_b, *more_b) = a, b
     high, *others = _merge_labels((max_a, others_a, *more_a), (max_b, others_b, *more_b))
     low, sum_low = jnp.minimum(max_a, max_b), jnp.where(max_a < max_b, sum_a, sum_b)
@@ -294,8 +293,8 @@ def _merge_targets(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, .
 
 
 def _reduce(rows: Rows, combiner: Callable, *further: tuple[Array, float]) -> list[Array]:
-    """`(max, tail)`, what the combiner makes of `further`, and with a mask whether it keeps a class,
-    [N, 1] each, in one pass. `further` are more operands, each with its neutral element."""
+    """`(max, tail)`, the reductions of `further`, and with a mask whether it keeps a class, [N, 1] each,
+    in one pass. `further` are more operands, each with its neutral element."""
     z = rows.values()
     operands = [(z, -jnp.inf), (jnp.zeros_like(z), 0.0), *further]
     if rows.mask is not None:
@@ -319,13 +318,13 @@ def is_minor(rows: Rows) -> bool:
 
 
 def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
-    """The maximum, the tail, and the logit at the label, [N, 1] each. Where the label is none of the
-    classes, the last is anything."""
+    """The maximum, the tail, and the logit at the label, [N, 1] each. The last is arbitrary if the label
+    is not a class."""
     if not is_minor(rows):
         # XLA for GPU fuses at most two operands into a reduction over an axis that is not the last.
         highest, tail = _reduce(rows, _merge_labels)[:2]
         return highest, tail, value_at(rows, rows.at(labels), highest, None), *keeps_class(rows)
-    # Raw, so that XLA need not compute the values for two readers, or write them to memory.
+    # Use raw logits, or XLA would compute the values for two readers, or write them to memory.
     z = rows.masked(rows.raw(rows.logits))
     hot = (jnp.where(rows.classes() == labels, z, -jnp.inf), -jnp.inf)
     top = () if rows.is_raw else ((z, -jnp.inf),)
@@ -335,8 +334,8 @@ def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
 
 
 def value_at(rows: Rows, raw: Array, highest: Array, largest: Array | None) -> Array:
-    """The value of a raw logit, never above the maximum, and equal to it if the raw one is the largest:
-    a compiler may round the soft-cap one way here and another way there."""
+    """The value of a raw logit: at most the maximum, and equal to it if the raw logit is the largest. A
+    compiler may round the same soft-cap differently in two places."""
     value = raw
     if not rows.is_raw:
         value = jnp.where(jnp.isneginf(raw), -jnp.inf, rows.of_raw(raw))
@@ -345,14 +344,14 @@ def value_at(rows: Rows, raw: Array, highest: Array, largest: Array | None) -> A
 
 
 def label_sums(rows: Rows, labels: Array, highest: Array) -> tuple[Array, Array]:
-    """The tail, but for a constant, and the logit at the label, given the maximum."""
+    """The tail, up to a constant, and the logit at the label, given the maximum."""
     at_label = jnp.where(rows.classes() == labels, rows.values(), 0)
     return _sum_exponentials(rows, highest), sum_classes(rows, at_label)
 
 
 def label_cotangent(rows: Rows, *args: Array) -> list[Array]:
-    """`at_label` at the label and `(elsewhere + slope (z - max)) e^{z - max}` elsewhere, as the
-    cotangent of `rows`. The slope may be None. Zeros make the row 0, whatever its logits hold."""
+    """The cotangent of `rows`: `at_label` at the label, `(elsewhere + slope (z - max)) e^{z - max}`
+    elsewhere. The slope may be None. If the factors are 0 the row is 0, whatever its logits hold."""
     rows = lax.optimization_barrier(rows)
     return cotangent_of(rows, label_cotangent_of_values(rows, *args))
 
@@ -361,7 +360,7 @@ def label_cotangent_of_values(
     rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array,
     slope: Array | None, *, subtract: Callable = jnp.subtract,
 ) -> Array:  # fmt: skip
-    """The same of `rows.values()`, [N, V]. Where no barrier lies before it, subtract by `below`."""
+    """The cotangent of `rows.values()`, [N, V]. Without a barrier in front, subtract by `below`."""
     distance = subtract(rows.values(), highest)
     is_lost = (elsewhere == 0) & ~jnp.isfinite(highest)  # then `at_label` is 0, too
     of_others = affine(elsewhere, slope, distance) * jnp.exp(distance)
@@ -369,7 +368,7 @@ def label_cotangent_of_values(
 
 
 def affine(constant: Array, slope: Array | None, distance: Array) -> Array:
-    """`constant + slope * distance`; without the second where there is no slope, or no class."""
+    """`constant + slope * distance`; only the constant if there is no slope or the class is absent."""
     if slope is None:
         return constant
     return constant + slope * jnp.where(jnp.isneginf(distance), 0, distance)
@@ -385,7 +384,7 @@ def target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
 
 
 def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Array, Array]:
-    """The tail, but for a constant, and the two sums, given the maximum."""
+    """The tail, up to a constant, and the two sums, given the maximum."""
     y, z = targets.values(rows), rows.values()
     # An absent class (-inf) whose target is 0 adds nothing, and -inf is not below -inf.
     is_nothing = jnp.isneginf(z) & ((y == 0) | jnp.isneginf(highest))
@@ -394,8 +393,8 @@ def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Ar
 
 
 def target_cotangent(rows: Rows, targets: Targets, *args: Array) -> list[Array]:
-    """`g_loss (o sum(y) - y) + (constant + slope (z - max)) o`, as the cotangent of `rows`. The slope
-    may be None. Where all factors are 0 the row is 0, whatever its logits hold."""
+    """The cotangent of `rows`, `g_loss (o sum(y) - y) + (constant + slope (z - max)) o`. The slope may
+    be None. If all factors are 0 the row is 0, whatever its logits hold."""
     rows, targets = lax.optimization_barrier((rows, targets))
     return cotangent_of(rows, target_cotangent_of_values(rows, targets, *args))
 
@@ -403,7 +402,7 @@ def target_cotangent(rows: Rows, targets: Targets, *args: Array) -> list[Array]:
 def target_cotangent_of_values(
     rows: Rows, targets: Targets, highest: Array, *args: Array, subtract: Callable = jnp.subtract
 ) -> Array:
-    """The same of `rows.values()`, [N, V]."""
+    """The cotangent of `rows.values()`, [N, V]."""
     return target_cotangent_at(targets.values(rows), subtract(rows.values(), highest), *args)
 
 
@@ -411,10 +410,10 @@ def target_cotangent_at(
     y: Array, distance: Array, tail: Array, target_sum: Array, g_loss: Array, constant: Array,
     slope: Array | None,
 ) -> Array:  # fmt: skip
-    """The same of classes of targets `y` at those distances from the maximum."""
+    """The same for classes with targets `y` at these distances from the maximum."""
     exponentials, normalizer = jnp.exp(distance), 1 + tail
-    # o_j sum(y) - y_j = ((sum(y) - y_j) + sum(y) (e^d - 1) - y_j tail) / S does not cancel near the
-    # maximum.
+    # Near the maximum this form does not cancel:
+    # o_j sum(y) - y_j = ((sum(y) - y_j) + sum(y) (e^d - 1) - y_j tail) / S
     near = ((target_sum - y) + target_sum * (exponentials - 1) - y * tail) / normalizer
     far = target_sum * exponentials / normalizer - y
     of_loss = g_loss * jnp.where(distance > -(2.0**-6), near, far)
@@ -436,9 +435,9 @@ def target_costs(rows: Rows, targets: Targets, highest: Array, tail: Array, g_lo
 
 
 def costs_at(distance: Array, tail: Array, g_loss: Array) -> Array:
-    """The same of classes at those distances from the maximum."""
+    """The same for classes at these distances from the maximum."""
     cost = jnp.log1p(tail) - distance
-    # An absent class is infinitely dear, and 0 times that is NaN.
+    # The cost of an absent class is infinite, and 0 times that is NaN.
     unused = (g_loss == 0) & ~jnp.isfinite(cost)
     return g_loss * jnp.where(unused, 0, cost)
 
@@ -446,8 +445,8 @@ def costs_at(distance: Array, tail: Array, g_loss: Array) -> Array:
 def whole_statistics(
     rows: Rows, labels: Array | Targets, axis_name: AxisName, local: Callable
 ) -> tuple[Array, ...]:
-    """The statistics of whole rows, given the function `local` for the classes on this device. All that
-    crosses the mesh axis is one maximum and one sum. Labels are class ids, [N, 1], or distributions."""
+    """The statistics of whole rows, given the function `local` for the classes on this device. Devices
+    exchange one maximum and one sum. Labels are class ids, [N, 1], or distributions."""
     highest, tail, *sums = local(rows, labels)
     if axis_name is None:
         return highest, tail, *sums
@@ -458,13 +457,14 @@ def whole_statistics(
     else:  # the logit at the label
         places = rows.places(labels)
         sums[0] = jnp.where((places >= 0) & (places < rows.num_classes), sums[0], 0)
-    # Classes that are all absent here are none, not a row of its own.
+    # If all classes here are absent, they contribute nothing: 1 + tail must be 0.
     tail = jnp.where(jnp.isneginf(highest), -1, tail)
     leads = highest == whole
     tail = jnp.where(leads, tail, (1 + tail) * exp_difference(highest, whole))
     crossing = jnp.stack([tail, leads.astype(tail.dtype), *sums])
     tail, leaders, *sums = _axis.total(axis_name, crossing)
-    # The one is left out of the first leader alone. NaN if the maximum is infinite.
+    # Each device with the maximum left out its one: add all of them but one. NaN if the maximum is
+    # infinite.
     return whole, tail + (leaders - 1) + (whole - whole), *sums
 
 
@@ -472,13 +472,13 @@ def whole_statistics(
 
 
 def counted(counts: Array | None, x: Array, probe: Array) -> Array:
-    """`x`, and exactly 0 in rows that do not count. Finite rows are 0 already, through their weight of
-    0, whose derivative needs them; only rows where `probe` is not finite need masking."""
+    """`x`, but exactly 0 in rows that do not count. Finite rows are 0 already, through their weight of
+    0, whose derivative needs them. Only rows whose `probe` is not finite need masking."""
     return x if counts is None else jnp.where(counts | jnp.isfinite(probe), x, 0)
 
 
 def keeps_class(rows: Rows) -> tuple[Array, ...]:
-    """[N, 1]: 1.0 for rows that keep a class, 0.0 for the others; nothing without a mask."""
+    """With a mask, [N, 1]: 1.0 for rows that keep a class, 0.0 for others. Without, nothing."""
     if rows.mask is None:
         return ()
     mask = jnp.broadcast_to(rows.mask, rows.logits.shape)
@@ -490,14 +490,14 @@ def sum_classes(rows: Rows, x: Array) -> Array:
 
 
 def _sum_exponentials(rows: Rows, highest: Array) -> Array:
-    # Of a row split over devices, the classes here may all be absent.
+    # All classes of a row on this device may be absent.
     is_empty = jnp.isneginf(highest)
     return sum_classes(rows, jnp.where(is_empty, 0, jnp.exp(below(rows.values(), highest))))
 
 
 def cotangent_of(rows: Rows, of_values: Array) -> list[Array]:
-    """From the cotangent of `rows.values()` that of the logits, [N, V] in their dtype, and for each row,
-    [N, 1], those of the soft-cap and the temperature, if there are any."""
+    """Given the cotangent of `rows.values()`: the cotangent of the logits, [N, V] in their dtype, and of
+    the soft-cap and the temperature, if any, [N, 1]."""
     of_row = {"softcap": rows.softcap, "temperature": rows.temperature}
     of_row = {k: jnp.broadcast_to(x, rows.row_shape) for k, x in of_row.items() if x is not None}
 
@@ -505,30 +505,30 @@ def cotangent_of(rows: Rows, of_values: Array) -> list[Array]:
         return dataclasses.replace(rows, logits=logits, **of_row).values()
 
     out, vjp = jax.vjp(values, rows.logits, of_row)
-    # Of no rows, `jnp.where` forgets in JAX 0.10 over which mesh axes they vary.
+    # If there are no rows, `jnp.where` of JAX 0.10 forgets over which mesh axes they vary.
     return jax.tree.leaves(vjp(_axis.vary(of_values, _axis.varying(out))))
 
 
 def of_row(rows: Rows, cotangents: Sequence[Array]) -> list[Array | None]:
-    """Of `cotangent_of` all but the first: by the soft-cap, [1, 1], and the temperature, [N, 1]."""
+    """`cotangent_of` without the logits: for the soft-cap, [1, 1], and the temperature, [N, 1]."""
     rest = list(cotangents)
     softcap = None if rows.softcap is None else jnp.sum(rest.pop(0), keepdims=True)
     return [softcap, None if rows.temperature is None else rest.pop(0)]
 
 
 def targets_cotangent(rows: Rows, targets: Targets, of_values: Array) -> Targets:
-    """The cotangent of `targets` from that of `targets.values(rows)`."""
+    """The cotangent of `targets`, given the cotangent of `targets.values(rows)`."""
     out, vjp = jax.vjp(lambda targets: targets.values(rows), targets)
     of_values = _axis.vary(of_values, _axis.varying(out))
     sharding = jax.typeof(out).sharding
-    if sharding.mesh.explicit_axes:  # where targets may be laid out otherwise than the logits
+    if sharding.mesh.explicit_axes:  # there targets may be laid out differently from the logits
         of_values = jax.sharding.reshard(of_values, sharding)
     return vjp(of_values)[0]
 
 
 def moving(primals: tuple, dots: tuple) -> dict[int, Any]:
-    """Of a JVP rule with `symbolic_zeros`, the tangents of those arguments that move at all, by
-    position. The others are left out: an infinity times a tangent of 0 would be NaN."""
+    """In a JVP rule with `symbolic_zeros`: the tangents of the arguments that are differentiated, by
+    position. The others are left out, because infinity times a tangent of 0 is NaN."""
     zero = jax.custom_derivatives.SymbolicZero
 
     def dense(dot, primal):
@@ -544,7 +544,7 @@ def moving(primals: tuple, dots: tuple) -> dict[int, Any]:
 
 
 def jvp_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> tuple[Any, Any]:
-    """`function(*primals)` and its tangent, given the tangents of the arguments that move."""
+    """`function(*primals)` and its tangent, given the tangents of `moving` arguments."""
 
     def of_moving(moved):
         return function(*(moved.get(i, x) for i, x in enumerate(primals)))
@@ -559,8 +559,8 @@ def tangent_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> An
 def statistics_tangents(
     sums: Callable, statistics: list[Array], primals: tuple, dots: tuple
 ) -> list[Array]:
-    """The tangents of statistics. All that is made of them would be the same for any other constant in
-    place of the maximum; so that is held constant, and the tail moves with every logit."""
+    """The tangents of statistics. Results computed from them would be the same with any other constant
+    in place of the maximum. So the maximum is held constant, and the tail moves with every logit."""
     of_sums = tangent_of(lambda *args: sums(*args, statistics[0]), primals, moving(primals, dots))
     zeros = [jnp.zeros_like(x) for x in statistics]
     return [zeros[0], *of_sums, *zeros[1 + len(of_sums) :]]

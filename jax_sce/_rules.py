@@ -1,22 +1,23 @@
-"""The differentiation rule of the losses on logits, for targets of every kind.
+"""The differentiation rule of the losses on logits, for every kind of targets.
 
-It gives the loss, the log-normalizer and, if asked for, the entropy of every row, and honours a
-cotangent of each. With `d = z - max`, softmax o and `M = -sum_j o_j d_j`,
+It computes the loss, the log-normalizer and, if asked for, the entropy of every row, and differentiates
+each. With `d = z - max`, softmax o and `M = -sum_j o_j d_j`, the entropy is
 
     H = log1p(tail) + M        dH/dz_j = -o_j (log o_j + H) = -o_j (d_j + M)
 
-so all that a row's cotangent has besides `g_loss (o sum(y) - y)` is `(constant + slope d) o`, where
+so a row's cotangent is `g_loss (o sum(y) - y) + (constant + slope d) o` with
 
     constant = g_log_normalizer - g_entropy M        slope = -g_entropy
 
-and there is no slope where nobody uses the entropy.
+and without a slope if the entropy is not used.
 
-Rows that do not count have a derivative of exactly 0, whatever their logits hold: the caller gives them
-a cotangent of 0 and replaces their values. What is saved for the derivative is the arguments and some
-numbers a row. Those are [N...] here: XLA for CPU is slow on [N, 1]."""
+The derivative of a row that does not count is exactly 0, whatever its logits hold: the caller gives it a
+cotangent of 0 and replaces its values. The residuals are the arguments and a few numbers per row, here
+[N...]: XLA for CPU is slow on [N, 1]."""
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,21 +31,21 @@ from ._rows import Rows, Statistics, Targets
 
 
 class Out(NamedTuple):
-    """Of each row, [N...]."""
+    """The results for each row, [N...]."""
 
     loss: Array
     log_normalizer: Array
     entropy: Array | None  # if it is asked for
-    target_entropy: Array | None  # of a teacher
-    kept: list[Array]  # empty without a mask, else 1.0 for rows that keep a class, or 0.0
+    target_entropy: Array | None  # for a teacher
+    kept: list[Array]  # with a mask, one array: 1.0 for rows that keep a class, 0.0 for others
 
 
-class Read(NamedTuple):
-    """What a kind of targets makes of rows, [N...]."""
+class Forward(NamedTuple):
+    """The forward pass of one kind of targets, [N...]."""
 
     loss: Array
     stats: Statistics
-    numbers: Any  # what else the derivative takes
+    numbers: Any  # further residuals
     counts: Array | None
     kept: list[Array]
     target_entropy: Array | None = None
@@ -60,7 +61,7 @@ class Residuals(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Of `g_loss (o sum(y) - y) + (constant + slope d) o`, [N...]."""
+    """The factors in `g_loss (o sum(y) - y) + (constant + slope d) o`, [N...]."""
 
     g_loss: Array
     constant: Array
@@ -68,28 +69,30 @@ class Factors(NamedTuple):
 
 
 class Kind(abc.ABC):
-    """Targets of one kind: their loss and its derivatives."""
+    """One kind of targets: the loss and its derivatives."""
 
     @abc.abstractmethod
-    def read(self, rows: Rows, targets: Any, counts: Array | None) -> Read: ...
+    def forward(self, rows: Rows, targets: Any, counts: Array | None) -> Forward: ...
 
     @abc.abstractmethod
-    def pull(self, residuals: Residuals, factors: Factors) -> tuple[Rows, Any]:
+    def vjp(self, residuals: Residuals, factors: Factors) -> tuple[Rows, Any]:
         """The cotangents of rows and targets."""
 
     @abc.abstractmethod
-    def of_values(self, residuals: Residuals, factors: Factors) -> Array:
-        """The cotangent of `rows.values()`, [N, V], subtracting by `below`."""
+    def vjp_of_values(self, residuals: Residuals, factors: Factors) -> Array:
+        """The cotangent of `rows.values()`, [N, V], computed with `below`."""
 
-    def along(self, residuals: Residuals, g_loss: Array, moving: dict[int, Any]) -> Array | None:
-        """The derivative of the loss along a tangent of the targets, times `g_loss`, [N, 1]; None if
-        nothing flows into them. `moving` has the tangent under 1."""
+    def targets_jvp(
+        self, residuals: Residuals, g_loss: Array, moving: dict[int, Any]
+    ) -> Array | None:
+        """`g_loss` times the tangent of the loss for a tangent of the targets, `moving[1]`, [N, 1]. None
+        if the targets are constant."""
         return None
 
 
 def statistics(operation, rows: Rows, labels: Array | Targets, counts: Array | None):
-    """The statistics of whole rows, [N...]: `kept`, and which rows count. Those that keep no class do
-    not: their maximum, -inf, would be NaN in derivatives."""
+    """`counts`, `kept` and the statistics of whole rows, [N...]. Rows that keep no class do not count:
+    their maximum, -inf, would make derivatives NaN."""
     whole = _rows.whole_statistics(rows, labels, rows.axis_name, operation)
     numbers = [x.squeeze(rows.axes) for x in whole]
     if rows.mask is None:
@@ -109,16 +112,28 @@ def spread(rows: Rows, highest: Array) -> Array:
 # -- the rule, in both modes --------------------------------------------------------------------------
 
 
+def call(program: Callable[[Any], Any], inputs: Any) -> Any:
+    """`program(inputs)`. Name our option if JAX refuses forward mode because of `jax.custom_vjp`."""
+    try:
+        return program(inputs)
+    except TypeError as error:
+        if "custom_vjp" in str(error) and not inputs.options.forward_mode:
+            error.add_note(
+                "jax_sce: for jvp, jacfwd, linearize or check_grads pass forward_mode=True"
+            )
+        raise
+
+
 def _fwd(kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array | None):
-    read = kind.read(rows, targets, counts)
-    stats, entropy, mean = read.stats, None, None
+    forward = kind.forward(rows, targets, counts)
+    stats, entropy, mean = forward.stats, None, None
     if has_entropy:
         of_row = spread(rows, stats.max)
-        for kept in read.kept:
+        for kept in forward.kept:
             of_row = jnp.where(kept > 0, of_row, 0)
         entropy, mean = stats.entropy(of_row), -of_row / (1 + stats.tail)
-    out = Out(read.loss, stats.log_normalizer(), entropy, read.target_entropy, read.kept)
-    return out, Residuals(rows, targets, read.counts, stats, read.numbers, mean)
+    out = Out(forward.loss, stats.log_normalizer(), entropy, forward.target_entropy, forward.kept)
+    return out, Residuals(rows, targets, forward.counts, stats, forward.numbers, mean)
 
 
 def _factors(residuals: Residuals, g: tuple[Array, Array, Array | None]) -> Factors:
@@ -144,7 +159,7 @@ def _rule_bwd(kind, has_entropy, residuals, cotangents):
     is_used = has_entropy and not isinstance(cotangents.entropy, SymbolicZero)
     g.append(cotangents.entropy if is_used else None)
     g = _axis.total_cotangent(residuals.rows.axis_name, tuple(g))
-    return *kind.pull(residuals, _factors(residuals, g)), None
+    return *kind.vjp(residuals, _factors(residuals, g)), None
 
 
 rule.defvjp(_rule_fwd, _rule_bwd, symbolic_zeros=True)
@@ -161,9 +176,9 @@ _OF_ROWS = "jax_sce: numbers of each row"
 def rule_forward(
     kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array | None
 ) -> Out:
-    """The same maps, contracted with a tangent. Reverse mode over that keeps the arguments and the row
-    statistics, and no array of the logits' size. (A `jax.checkpoint` of the tangents alone cannot be
-    transposed under `jax_remat3`.)"""
+    """The same rule as a JVP. Reverse mode over it saves the arguments and the row statistics, and no
+    array of the logits' size. (A `jax.checkpoint` around only the tangents cannot be transposed under
+    `jax_remat3`.)"""
     return _contracted(kind, has_entropy, rows, targets, counts)
 
 
@@ -180,7 +195,7 @@ def _rule_jvp(kind, has_entropy, primals, dots):
     of_rows = jax.tree.map(functools.partial(checkpoint_name, name=_OF_ROWS), residuals[2:])
     residuals = Residuals(*residuals[:2], *of_rows)
 
-    # Leave out arguments that are not differentiated: infinity times their tangent, 0, is NaN.
+    # Leave out arguments that are not differentiated: infinity times a tangent of 0 is NaN.
     moving = _rows.moving(primals[:2], dots[:2])
     rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
     zero, z_dot = jnp.zeros_like(one), None
@@ -190,9 +205,9 @@ def _rule_jvp(kind, has_entropy, primals, dots):
     def along(g):
         total, factors = rows.expand(zero), _factors(residuals, g)
         if z_dot is not None:
-            of_values = kind.of_values(residuals, factors)
+            of_values = kind.vjp_of_values(residuals, factors)
             total += _rows.sum_classes(rows, of_values * z_dot)
-        of_targets = kind.along(residuals, factors.g_loss, moving) if 1 in moving else None
+        of_targets = kind.targets_jvp(residuals, factors.g_loss, moving) if 1 in moving else None
         if of_targets is not None:
             total += of_targets
         return total.squeeze(rows.axes)
@@ -209,16 +224,16 @@ def _rule_jvp(kind, has_entropy, primals, dots):
 
 
 class _Ids(Kind):
-    def read(self, rows, targets, counts):
+    def forward(self, rows, targets, counts):
         counts, kept, (highest, tail, at_label) = statistics(
             _backend.label_statistics, rows, rows.expand(targets), counts
         )
         stats = Statistics(highest, tail)
         distance = jnp.where(targets < 0, jnp.nan, at_label - highest)
-        return Read(stats.label_loss(distance), stats, (distance,), counts, kept)
+        return Forward(stats.label_loss(distance), stats, (distance,), counts, kept)
 
     def _operands(self, residuals, factors):
-        """Of `label_cotangent`, all but the rows."""
+        """The arguments of `label_cotangent` after the rows."""
         rows, labels, counts, stats, (distance,), _ = residuals
         numbers = [
             None if x is None else rows.expand(_rows.counted(counts, x, stats.tail))
@@ -226,11 +241,11 @@ class _Ids(Kind):
         ]
         return rows.expand(labels), rows.expand(stats.max), *numbers
 
-    def pull(self, residuals, factors):
+    def vjp(self, residuals, factors):
         operands = self._operands(residuals, factors)
         return _backend.label_cotangent(residuals.rows, *operands), None
 
-    def of_values(self, residuals, factors):
+    def vjp_of_values(self, residuals, factors):
         operands = self._operands(residuals, factors)
         return _rows.label_cotangent_of_values(residuals.rows, *operands, subtract=below)
 
@@ -239,8 +254,8 @@ class _Ids(Kind):
 
 
 def target_factors(residuals: Residuals, factors: Factors, probe: Array) -> Factors:
-    """[N, 1] each. A row whose probe is not finite is NaN, 0 times that too; but if it does not count,
-    it is 0."""
+    """The factors, [N, 1] each. A row whose probe is not finite becomes NaN, even if its cotangent is 0,
+    or 0 if it does not count."""
     rows, counts, (g_loss, constant, slope) = residuals.rows, residuals.counts, factors
 
     def of_row(x: Array) -> Array:
@@ -258,31 +273,31 @@ def costs(residuals: Residuals, targets: Targets, g_loss: Array) -> Array:
 
 
 class _Distributions(Kind):
-    def read(self, rows, targets, counts):
+    def forward(self, rows, targets, counts):
         counts, kept, (highest, tail, target_sum, target_dot) = statistics(
             _backend.target_statistics, rows, targets, counts
         )
         stats = Statistics(highest, tail)
         loss = stats.target_loss(target_sum, target_dot)
-        return Read(loss, stats, (target_sum,), counts, kept)
+        return Forward(loss, stats, (target_sum,), counts, kept)
 
     def _operands(self, residuals, factors):
-        """Of `target_cotangent`, all but the rows."""
+        """The arguments of `target_cotangent` after the rows."""
         rows, targets, _, stats, (target_sum,), _ = residuals
         of_row = map(rows.expand, (*stats, target_sum))
         return targets, *of_row, *target_factors(residuals, factors, stats.tail + target_sum)
 
-    def pull(self, residuals, factors):
+    def vjp(self, residuals, factors):
         rows, targets = residuals[:2]
         of_each = costs(residuals, targets, factors.g_loss)
         of_targets = _rows.targets_cotangent(rows, targets, of_each)
         return _backend.target_cotangent(rows, *self._operands(residuals, factors)), of_targets
 
-    def of_values(self, residuals, factors):
+    def vjp_of_values(self, residuals, factors):
         operands = self._operands(residuals, factors)
         return _rows.target_cotangent_of_values(residuals.rows, *operands, subtract=below)
 
-    def along(self, residuals, g_loss, moving):
+    def targets_jvp(self, residuals, g_loss, moving):
         rows, targets = residuals[:2]
         dot = _rows.tangent_of(Targets.values, (targets, rows), {0: moving[1]})
         return _rows.sum_classes(rows, costs(residuals, targets, g_loss) * dot)

@@ -1,4 +1,6 @@
-"""The losses on a mesh, of global arrays."""
+"""The losses on global arrays that are split over a mesh."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -6,14 +8,14 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from . import _arguments, _cross_entropy, _head, _linear, _partition
+from . import _arguments, _cross_entropy, _head, _linear, _partition, _rules
 from ._aux import CrossEntropyAux
 from ._axis import AxisName
 from ._cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
@@ -22,48 +24,60 @@ from ._partition import Layout
 from ._targets import Sparse
 
 AnyMesh = Mesh | AbstractMesh
+Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def shard(
-    loss: Callable[..., Any], mesh: AnyMesh | None = None, *, batch: AxisName = "data",
+    loss: Loss, mesh: Mesh | AbstractMesh | None = None, *, batch: AxisName = "data",
     classes: AxisName = None,
-) -> Callable[..., Any]:  # fmt: skip
-    """One of the losses as the same function of global arrays, run by `jax.shard_map` on a mesh.
+) -> Loss:  # fmt: skip
+    """Make a loss work on global arrays that a mesh of devices shares.
 
-    The examples are split over `batch`, the classes over `classes`. Between the devices of `classes`
-    row statistics alone cross. A kernel whose features are split over `batch` (FSDP) is gathered once,
-    before the chunks, and its gradient is reduced once, after them. "sum" and "mean" are over the whole
-    batch, and a mean divides by all of its weight. Under `jax.jit`, `linear_softmax_cross_entropy` does
-    the same without it, following the layout of its arguments; `shard` fixes the layout.
+    The examples are split over `batch`, the classes over `classes`. Devices of
+    `classes` exchange only a few numbers per row. A kernel whose features are
+    split over `batch` (FSDP) is gathered once, before the chunks, and its
+    gradient is reduced once, after them. "sum" and "mean" are over the whole
+    batch, and "mean" divides by the weight of the whole batch.
+
+    Under `jax.jit`, `linear_softmax_cross_entropy` does the same without
+    `shard`, and follows the layout of its arguments; `shard` fixes the layout.
 
     Args:
-      loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels` or
-        `linear_softmax_cross_entropy`.
-      mesh: The mesh, with automatic or with explicit axes; None takes that of `jax.set_mesh`.
-      batch: The mesh axis, or axes, over which the first axis of the examples is split; None: none.
-      classes: The mesh axis, or axes, over which the classes are split, of several class axes the first;
-        None: none.
+      loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels`
+        or `linear_softmax_cross_entropy`.
+      mesh: The mesh, with all axes automatic or all explicit. None means the
+        mesh of `jax.set_mesh`.
+      batch: The mesh axis, or a tuple of axes, over which the first axis of the
+        examples is split. None means that it is not split.
+      classes: The mesh axis, or a tuple of axes, over which the classes are
+        split (the first class axis, if there are several). None means that they
+        are not split.
 
     Returns:
-      The function. It takes the arguments of `loss`, but `axis_name`.
+      The loss as a function of global arrays, run by `jax.shard_map`. It takes
+      the arguments of `loss`, except `axis_name`.
 
     Raises:
-      TypeError, ValueError: `loss` is not one of the three, the mesh lacks an axis or has axes of both
-        types, or examples or classes do not divide evenly over it. Pad a head with columns whose `bias`
-        is -inf: those are absent classes. Of logits, mask them with `where`.
+      TypeError, ValueError: `loss` is not one of the three; the mesh lacks an
+        axis, or has axes of both types; or examples or classes do not divide
+        evenly over the devices. Pad a head with columns whose `bias` is -inf:
+        those are absent classes. Pad logits with classes that `where` masks.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jax_sce import linear_softmax_cross_entropy, shard
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-      >>> loss = shard(linear_softmax_cross_entropy, mesh, batch="data", classes="model")
+      >>> auto = jax.sharding.AxisType.Auto
+      >>> axes = ("data", "model")
+      >>> mesh = jax.make_mesh((1, 1), axes, axis_types=(auto, auto))
+      >>> loss = shard(linear_softmax_cross_entropy, mesh, classes="model")
       >>> hidden, kernel = jnp.ones((4, 2)), jnp.eye(2, 3)
-      >>> print(f"{loss(hidden, kernel, jnp.array([0, 1, 2, 0]), reduction='mean'):.4f}")
+      >>> labels = jnp.array([0, 1, 2, 0])
+      >>> print(f"{loss(hidden, kernel, labels, reduction='mean'):.4f}")
       1.1120
 
     References:
-      Shoeybi et al. (2019), "Megatron-LM", arXiv:1909.08053, section 3, for a cross-entropy of which
-      only sums over the classes cross the devices.
+      Shoeybi et al. (2019), "Megatron-LM", arXiv:1909.08053, section 3, for a
+      cross-entropy whose devices exchange only sums over the classes.
     """
     if not callable(loss) or loss not in _LOSSES:
         known = ", ".join(function.__name__ for function in _LOSSES)
@@ -82,7 +96,7 @@ def shard(
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["axis_name"] is not None:
-            raise ValueError("axis_name must be None: `shard` is told the axes of the mesh")
+            raise ValueError("axis_name must be None: pass classes to `shard` instead")
         on = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         if on.empty:
             raise ValueError("mesh must be given, or set by jax.set_mesh")
@@ -99,7 +113,7 @@ def shard(
             raise ValueError(f"mesh must have axes of one type, got {on.axis_types}")
         if any(
             jnp.size(x) == 0 for x in jax.tree.leaves(bound.arguments["labels"])
-        ):  # XLA compiles no program of no operands
+        ):  # XLA cannot compile a program without operands
             return loss(*args, **kwargs)
         arguments = inputs(**bound.arguments)
         options = dataclasses.replace(
@@ -110,23 +124,23 @@ def shard(
         if on.explicit_axes:
             shardings = jax.tree.map(partial(NamedSharding, on), program.in_specs)
             arguments = jax.tree.map(jax.sharding.reshard, arguments, shardings)
-        return _compiled(program, mesh, on)(arguments)
+        return _rules.call(_compiled(program, mesh, on), arguments)
 
-    return sharded
+    return cast(Loss, sharded)
 
 
 class _Program(NamedTuple):
-    """What each device runs."""
+    """The program of each device, and how its arguments and results are split."""
 
     loss_of: Callable[..., Any]
-    layout: Layout | None  # of a head
+    layout: Layout | None  # for a head only
     in_specs: Any
     out_specs: Any
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(program: _Program, mesh: AnyMesh | None, on: AnyMesh) -> Callable[..., Any]:
-    """`mesh` may be None, for the ambient mesh; `on` is the mesh in either case, for the cache's key."""
+    """`mesh` is None for the ambient mesh. `on` is the mesh in both cases: the cache's key needs it."""
 
     def on_each_device(inputs: Any) -> Any:
         if program.layout is not None:
@@ -142,11 +156,11 @@ class _Split(NamedTuple):
     batch: tuple[str, ...]
     classes: tuple[str, ...]
 
-    def check_divides(self, what: str, size: int, axes: tuple[str, ...]) -> None:
+    def check_divides(self, name: str, size: int, axes: tuple[str, ...]) -> None:
         n = math.prod(self.mesh.shape[axis] for axis in axes)
         if size % n:
             over = f"over the {n} devices of {', '.join(axes)}"
-            raise ValueError(f"{what} must divide evenly {over}, got {size}")
+            raise ValueError(f"{name} must divide evenly {over}, got {size}")
 
 
 def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
@@ -156,11 +170,11 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
     if of_rows:
         of_axis[of_rows[0]] = split.batch
         split.check_divides("the first axis of the examples", shape[of_rows[0]], split.batch)
-    what = "the classes" if len(axes) == 1 else "the first class axis"
-    split.check_divides(what, shape[axes[0]], split.classes)
+    name = "the classes" if len(axes) == 1 else "the first class axis"
+    split.check_divides(name, shape[axes[0]], split.classes)
 
     def spec(x: Array) -> Any:
-        """Of an array of the logits' rank; one that is broadcast is whole."""
+        """The spec of an array of the logits' rank. Axes of size 1 are not split."""
         return _partition.spec(*(None if n == 1 else of_axis.get(a) for a, n in enumerate(x.shape)))
 
     row = _partition.spec(*(of_axis.get(axis) for axis in of_rows))
@@ -198,8 +212,8 @@ def _plan_head(split: _Split, inputs: _head.Inputs) -> _Program:
 
 
 def _gathered(kernel: Array, batch: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of `batch` over which the kernel's features are known to be split. Where they are not
-    known, under `jax.jit` on a mesh with automatic axes, the compiler gathers it."""
+    """The axes of `batch` that are known to split the kernel's features. They are not known under
+    `jax.jit` on a mesh with automatic axes: there the compiler gathers the kernel."""
     sharding = jax.typeof(kernel).sharding
     if not isinstance(kernel, jax.core.Tracer) and isinstance(kernel.sharding, NamedSharding):
         sharding = kernel.sharding

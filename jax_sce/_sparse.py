@@ -1,9 +1,8 @@
-"""Targets on some classes of each row: the losses and derivatives of `jax_sce.Sparse`.
+"""Targets on K classes of each row: the loss and derivatives of `jax_sce.Sparse`.
 
-Of a row's logits the loss takes those K, and what class ids or smoothing take of all of them. So the
-statistics are theirs, and K logits are gathered. Of the cotangent, the row operation writes what is due
-where there is no target, and then K elements are put in their places. No array of targets as large as
-the logits exists."""
+The loss needs the same statistics of a row as class ids or smoothing do, and the K logits, which are
+gathered. For the cotangent, the row operation writes the elements without a target, then K elements are
+overwritten. Targets as an array of the logits' size never exist."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,23 +15,23 @@ from jax import Array, lax
 from . import _axis, _backend, _layout, _rows
 from ._elementary import below
 from ._rows import Rows, Statistics, Targets
-from ._rules import Factors, Kind, Read, Residuals, costs, statistics, target_factors
+from ._rules import Factors, Forward, Kind, Residuals, costs, statistics, target_factors
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseTargets:
-    ids: Array  # int32, [N, K]: classes; -1 for a bad one, and V for an empty place
-    values: Array  # [N, K], the mass there
-    uniform: Targets | None  # the mass that smoothing puts on every class
+    ids: Array  # int32, [N, K]: classes, with -1 for a bad one and V for an empty place
+    values: Array  # [N, K], the targets of these classes
+    uniform: Targets | None  # what smoothing adds to every class
 
 
 class _Numbers(NamedTuple):
-    """What the derivative takes besides the statistics."""
+    """Residuals besides the statistics."""
 
-    target_sum: Array  # [N...], of all mass
-    here: Array  # bool, [N, K]: the classes on this device that are not masked
-    mass: Array  # [N, K], 0 elsewhere
+    target_sum: Array  # [N...], of all targets of a row
+    here: Array  # bool, [N, K]: is the class on this device, and not masked?
+    mass: Array  # [N, K], the targets, 0 for classes that are not here
     distance: Array  # [N, K], `z - max`
     logits: Array  # [N, K], as they are stored
 
@@ -42,7 +41,7 @@ def _pick(rows: Rows, ids: Array) -> tuple[Array, Array]:
 
 
 class _Sparse(Kind):
-    def read(self, rows, targets, counts):
+    def forward(self, rows, targets, counts):
         if targets.uniform is None:
             operation, labels = _backend.label_statistics, _no_labels(rows)
         else:
@@ -61,19 +60,19 @@ class _Sparse(Kind):
         target_sum = jnp.where(bad > 0, jnp.nan, target_sum)
         loss = stats.target_loss(target_sum, target_dot)
         numbers = _Numbers(target_sum, here, mass, distance, logits)
-        return Read(loss, stats, numbers, counts, kept)
+        return Forward(loss, stats, numbers, counts, kept)
 
-    def pull(self, residuals, factors):
+    def vjp(self, residuals, factors):
         rows, targets, numbers = residuals.rows, residuals.targets, residuals.numbers
         of_row = _factors(residuals, factors)
         of_rows = _elsewhere(residuals, of_row, _backend.label_cotangent, _backend.target_cotangent)
-        # The K logits of a row are a row of their own.
+        # Treat the K logits of a row as a row of their own.
         own = dataclasses.replace(rows, logits=numbers.logits, mask=None, first_class=None)
         once, of_values = _at(residuals, of_row)
         (of_logits, *_) = _rows.cotangent_of(own, of_values)
         put = _backend.laid_out(rows, Rows.put, lambda of_logits, _: of_logits)
         logits = put(rows, of_rows.logits, once, of_logits)
-        # By the soft-cap and the temperature, all that targets do is to take away their mass.
+        # Soft-cap and temperature: in their cotangents, targets only subtract their mass.
         g_mass = jnp.where(of_row.g_loss == 0, 0, -of_row.g_loss * numbers.mass)
         (_, *taken) = _rows.cotangent_of(own, g_mass)
         softcap, temperature = _rows.of_row(own, taken)
@@ -89,14 +88,14 @@ class _Sparse(Kind):
         of_targets = SparseTargets(None, of_mass, of_uniform)  # type: ignore[arg-type]
         return dataclasses.replace(of_rows, logits=logits), of_targets
 
-    def of_values(self, residuals, factors):
+    def vjp_of_values(self, residuals, factors):
         of_row = _factors(residuals, factors)
         of_values = _elsewhere(
             residuals, of_row, _rows.label_cotangent_of_values, _rows.target_cotangent_of_values,
             subtract=below)  # fmt: skip
         return residuals.rows.put(of_values, *_at(residuals, of_row))
 
-    def along(self, residuals, g_loss, moving):
+    def targets_jvp(self, residuals, g_loss, moving):
         rows, uniform = residuals.rows, residuals.targets.uniform
 
         def sum_along(of_values: Array, values: Callable) -> Array:
@@ -123,7 +122,7 @@ def _elsewhere(
     residuals: Residuals, factors: Factors, label_cotangent: Callable, target_cotangent: Callable,
     **how: Callable,
 ) -> Any:  # fmt: skip
-    """The cotangent of classes that have but what smoothing puts on them, by one of the two."""
+    """The cotangent of classes without a target (but with smoothing), by one of the two functions."""
     rows, uniform = residuals.rows, residuals.targets.uniform
     highest, tail, target_sum = map(rows.expand, (*residuals.stats, residuals.numbers.target_sum))
     if uniform is not None:
@@ -131,7 +130,7 @@ def _elsewhere(
     g_loss, constant, slope = factors
 
     def over_sum(x: Array) -> Array:
-        """A row that does not count is 0, whatever its logits hold."""
+        """Keep 0 as it is: a row that does not count is 0, whatever its logits hold."""
         return jnp.where(x == 0, 0, x / (1 + tail))
 
     of_softmax = jnp.where(g_loss == 0, 0, g_loss * target_sum) + constant
@@ -141,8 +140,8 @@ def _elsewhere(
 
 
 def _merged(ids: Array, mass: Array) -> tuple[Array, Array]:
-    """Of classes [N..., K] which occur there first, bool, and the mass that each has at all its places.
-    In parts of the places, so that no more than 4096 pairs of each example are compared at once."""
+    """For the classes, [N..., K]: is this the first occurrence of its class, and the total mass of the
+    class. At most 4096 pairs per example are compared at a time."""
     count = ids.shape[-1]
     width = min(max(4096 // count, 1), count)
     place = lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
@@ -164,8 +163,8 @@ def _merged(ids: Array, mass: Array) -> tuple[Array, Array]:
 
 
 def _at(residuals: Residuals, factors: Factors) -> tuple[Array, Array]:
-    """The classes, [N, K], each once, and the cotangent of the K values, [N, K]. A class that is here
-    already, or not at all, has a place behind the classes, each its own."""
+    """The classes, [N, K], each once, and the cotangents of their values, [N, K]. Repeated classes and
+    classes that are not here get distinct ids after the last class."""
     rows, targets, _, stats, numbers, _ = residuals
     ids, here, mass = map(rows.squeeze_last, (targets.ids, numbers.here, numbers.mass))
     is_first, total = _merged(ids, mass)
@@ -179,7 +178,7 @@ def _at(residuals: Residuals, factors: Factors) -> tuple[Array, Array]:
 
 
 def _uniform_at(rows: Rows, ids: Array, uniform: Targets) -> Array:
-    """What smoothing puts on those classes, [N, K]."""
+    """What smoothing adds to these classes, [N, K]."""
     share = uniform.label_smoothing * uniform.uniform  # type: ignore[operator]
     if uniform.class_weights is None:
         return share
@@ -188,7 +187,7 @@ def _uniform_at(rows: Rows, ids: Array, uniform: Targets) -> Array:
 
 
 def _costs(residuals: Residuals, g_loss: Array) -> Array:
-    """The cotangent of the K masses, [N, K]."""
+    """The cotangent of the K targets, [N, K]."""
     rows, numbers, counts = residuals.rows, residuals.numbers, residuals.counts
     of_each = _rows.costs_at(numbers.distance, *map(rows.expand, (residuals.stats.tail, g_loss)))
     counts = None if counts is None else rows.expand(counts)

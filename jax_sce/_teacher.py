@@ -1,4 +1,4 @@
-"""Targets that are the softmax of other rows: the losses and derivatives of `jax_sce.Teacher`."""
+"""Targets that are the softmax of other rows: the loss and derivatives of `jax_sce.Teacher`."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,21 @@ import jax.numpy as jnp
 from . import _axis, _backend, _divergence
 from ._elementary import expm1_remainder
 from ._rows import Rows, Statistics
-from ._rules import Kind, Read, spread, statistics, target_factors
+from ._rules import Forward, Kind, spread, statistics, target_factors
 
 
 class TeacherRows(NamedTuple):
     rows: Rows
-    divergence: bool  # is the loss the divergence, and not the cross-entropy?
+    divergence: bool  # compute the divergence instead of the cross-entropy
 
 
 class _Teacher(Kind):
-    """`targets` are the teacher's `Rows`, to which nothing flows."""
+    """`targets` are the teacher's `Rows`, a constant."""
 
     def __init__(self, divergence: bool):
-        self.divergence = divergence  # the divergence, and not the cross-entropy
+        self.divergence = divergence
 
-    def read(self, rows, targets, counts):
+    def forward(self, rows, targets, counts):
         none = jnp.full(rows.row_shape, -1, jnp.int32)
         counts, kept, own = statistics(_backend.label_statistics, rows, none, counts)
         _, _, others = statistics(_backend.label_statistics, targets, none, None)
@@ -34,17 +34,17 @@ class _Teacher(Kind):
         loss = gaps - expm1_remainder(-moved)
         entropy = of_teacher.entropy(spread(targets, of_teacher.max))
         loss = loss if self.divergence else loss + entropy
-        return Read(loss, stats, (*of_teacher, shift - moved), counts, kept, entropy)
+        return Forward(loss, stats, (*of_teacher, shift - moved), counts, kept, entropy)
 
     def _operands(self, residuals, factors):
         rows, teacher, _, stats, (highest, tail, shift), _ = residuals
         of_row = [rows.expand(x) for x in (*stats, highest, tail, shift)]
         return rows, teacher, *of_row, *target_factors(residuals, factors, stats.tail + tail)
 
-    def pull(self, residuals, factors):
+    def vjp(self, residuals, factors):
         return _backend.divergence_cotangent(*self._operands(residuals, factors)), None
 
-    def of_values(self, residuals, factors):
+    def vjp_of_values(self, residuals, factors):
         return _divergence.divergence_cotangent_of_values(*self._operands(residuals, factors))
 
 

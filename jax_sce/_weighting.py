@@ -1,6 +1,6 @@
-"""From the loss and the log-normalizer of each row to what the caller asked for: class weights, z-loss,
-weights of examples, and the reduction. What must not count is made 0 before any arithmetic, for 0 times
-NaN is NaN, in derivatives too."""
+"""Class weights, z-loss, example weights and the reduction, from the loss and log-normalizer of each
+row. Numbers that must not count are set to 0 before any arithmetic: 0 times NaN is NaN, in derivatives
+too."""
 
 from typing import NamedTuple
 
@@ -16,23 +16,23 @@ from ._rules import Out
 
 
 def only(mask: Array | None, x: Array, other: float = 0) -> Array:
-    """`x` where the mask holds, or everywhere if it is None, and `other` elsewhere."""
+    """`x` where the mask is True, `other` elsewhere. Without a mask, `x`."""
     return x if mask is None else jnp.where(mask, x, other)
 
 
 class Losses(NamedTuple):
-    """Of each example, [N...]."""
+    """The results for each example, [N...]."""
 
     loss: Array  # weighted; 0 if it does not count
     log_normalizer: Array  # 0 if it does not count
     entropy: Array | None  # if it is asked for
-    target_entropy: Array | None  # of a teacher
-    valid: Array | None  # bool, the examples that count, unless their weight is 0; None for all
+    target_entropy: Array | None  # for a teacher
+    valid: Array | None  # bool: the examples that count, unless their weight is 0; None for all
 
 
 def weighted(options: Options, out: Out, class_weight: Array | None) -> Losses:
-    """The losses as the options have them, all [N...]. A loss of weight 0 is kept where it is finite:
-    it is the derivative with respect to that weight."""
+    """Apply class weights, z-loss and example weights, all [N...]. Where a loss has weight 0 and is
+    finite it is multiplied by 0, not replaced: it is the derivative by that weight."""
     kept, loss, log_normalizer = options.valid, out.loss, out.log_normalizer
     if options.weights is not None:
         of_class = loss if class_weight is None else times(class_weight, loss)
@@ -53,7 +53,7 @@ def weighted(options: Options, out: Out, class_weight: Array | None) -> Losses:
 
 
 def excuse(labels: Array, options: Options) -> tuple[Array, Options]:
-    """A bad class id, -1, is none where its example does not count."""
+    """Make a bad class id, -1, harmless where its example does not count."""
     if options.weights is not None:
         options = options.where(~((labels < 0) & (options.weights == 0)))
     return only(options.valid, labels), options
@@ -78,8 +78,8 @@ def example_weights(options: Options, like: Array) -> Array:
 
 
 def mean_weights(options: Options, labels: Array | None, like: Array) -> Array | int:
-    """[N...], what a mean divides by the sum of; or the number of examples, if all weights are 1.
-    Labels are class ids, or None for distributions."""
+    """The weights, [N...], whose sum a mean divides by; or the number of examples, if all are 1. Labels
+    are class ids, or None for distributions."""
     class_weights = None if labels is None else options.class_weights
     if options.weights is None and options.valid is None and class_weights is None:
         return like.size
@@ -93,8 +93,8 @@ def mean_weights(options: Options, labels: Array | None, like: Array) -> Array |
 def reduce_losses(
     losses: Array, weights: Array | int, reduction: str, batch_axis: AxisName = None
 ) -> Array:
-    """Reduce losses that are weighted already; a mean divides by the sum of `weights`. A mean over no
-    weight is 0, and so is its gradient."""
+    """Reduce losses that are already weighted. A mean divides by the sum of `weights`; if that is 0, the
+    mean and its gradient are 0."""
     if reduction == "none":
         return losses
     total = _axis.total(batch_axis, jnp.sum(losses))

@@ -1,19 +1,25 @@
-"""The native kernel for CPU: whether it is used, and if not, why.
-
-It is a part of the package that is compiled when this is installed, if there is a C++ compiler. It
-computes what the library computes without it, to the same bounds, faster.
+"""The native CPU kernel: is it in use, and if not, why?
 
     python -c "from jax_sce import native; print(native.status())"
 
-tells. The environment variable `JAX_SCE_NATIVE` is read when the first loss is traced: `0` does without
-the kernel, `1` or none takes the best for the processor, and the name of an instruction set (`baseline`,
-`x86_64_v3`, `x86_64_v4`) the kernel for that. A processor that lacks anything that the compiler may use
-at a level never gets the kernels of that level.
+Installing the package compiles the kernel, if there is a C++ compiler. The
+losses are the same without it, within the same error bounds, but slower.
 
-A library that cannot be loaded, is none of ours, or was built for a newer jaxlib is not used, and
-`status()` says why. One that was cut off further on than its first page ends the process when it is
-loaded, as any shared library does: install again. An editable installation keeps what it built, so
-build again after a change of the C++ sources.
+The environment variable `JAX_SCE_NATIVE` is read when the first loss is
+traced:
+
+    unset or 1    the best kernel for this processor
+    0             no native kernel
+    baseline, x86_64_v3 or x86_64_v4
+                  the kernel for that instruction set
+
+A processor never gets a kernel with instructions that it lacks.
+
+A library that cannot be loaded, is not ours, or was built for a newer
+jaxlib is not used, and `status()` says why. A truncated file (cut after its
+first page) crashes the process when it is loaded, as any shared library
+does: reinstall. An editable installation keeps the library that it built:
+after a change of the C++ sources, build again.
 """
 
 import ctypes
@@ -25,6 +31,8 @@ from typing import NamedTuple
 
 import jax
 
+__all__ = ["Status", "status"]
+
 TARGETS = (
     "label_statistics", "label_cotangent", "target_statistics", "target_cotangent", "spread",
     "divergence_sums", "divergence_cotangent",
@@ -32,7 +40,7 @@ TARGETS = (
 
 
 class Status(NamedTuple):
-    """Whether there is a native kernel, and which, or why not."""
+    """Is there a native kernel? `detail` is its instruction set, or why not."""
 
     available: bool
     detail: str
@@ -49,7 +57,7 @@ def status() -> Status:
       A `Status`: `available`, and in `detail` the instruction set or the reason.
 
     Raises:
-      ValueError: `JAX_SCE_NATIVE` is not what it may be.
+      ValueError: `JAX_SCE_NATIVE` has a value that is not listed above.
 
     Example:
       >>> from jax_sce import native
@@ -64,12 +72,12 @@ def status() -> Status:
         return Status(False, "it was not built; `pip install -v` shows why")
     try:
         return _load(ctypes.CDLL(str(library)), choice)
-    except (OSError, AttributeError) as error:  # of another platform or version, or damaged
+    except (OSError, AttributeError) as error:  # built for another platform or version, or damaged
         return Status(False, str(error))
 
 
 def _find() -> Path | None:
-    """The compiled library: in the package, or where an editable installation keeps what it builds."""
+    """The compiled library, in the package or in the build folder of an editable installation."""
     from . import _native
 
     paths = [Path(folder, "libjax_sce_rows.so") for folder in _native.__path__]
@@ -94,13 +102,13 @@ def _load(library: ctypes.CDLL, choice: str) -> Status:
         handler = jax.ffi.pycapsule(getattr(library, f"jax_sce_{target}"))
         try:
             jax.ffi.register_ffi_target(f"jax_sce.{target}", handler, platform="cpu")
-        except Exception as error:  # XLA refuses it: its own types of error are not public
+        except Exception as error:  # XLA's error types are not public
             return Status(False, f"XLA refuses it: {error}")
     return Status(True, level.decode())
 
 
 def _ffi_version() -> tuple[int, int] | None:
-    """Of the FFI of the jaxlib that is installed, which tells it only in the header that it ships."""
+    """The version of XLA's FFI in the installed jaxlib. Only a header that it ships tells."""
     header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
     if not header.exists():
         return None

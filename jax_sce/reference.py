@@ -1,18 +1,23 @@
-"""The specification: the same losses as naive formulas, with no rule of their own.
+"""The specification: the losses as naive formulas, without a derivative rule.
 
-Short enough to be seen right, and slow, and wrong in the last digits where the real ones are not: run it
-in float64 and it is what this library's tests compare with, for finite logits. `jax.grad`
-differentiates it.
+They are slow, and so short that you can see that they are right. In float64
+and for finite logits, the tests of this library compare with them; in
+float32 their last digits are wrong where those of the real losses are not.
+`jax.grad` differentiates them.
 
-Both functions take `[N..., V]` logits with the classes on the last axis, class masks of that shape, and
-the options of their namesakes in `jax_sce`.
+Both functions take `[N..., V]` logits with the classes on the last axis,
+class masks of that shape, and the options of the functions of the same name
+in `jax_sce`.
 
 Example:
   >>> import jax.numpy as jnp
   >>> from jax_sce import reference
-  >>> print(f"{reference.softmax_cross_entropy(jnp.array([1.0, 0.0]), jnp.array([0.5, 0.5])):.4f}")
+  >>> logits, labels = jnp.array([1.0, 0.0]), jnp.array([0.5, 0.5])
+  >>> print(f"{reference.softmax_cross_entropy(logits, labels):.4f}")
   0.8133
 """
+
+from __future__ import annotations
 
 import functools
 
@@ -21,15 +26,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from ._types import Reduction
+
+__all__ = ["softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"]
+
 
 @functools.partial(jax.jit, static_argnames=("reduction",))
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None = None, *,
     label_smoothing: ArrayLike = 0.0, class_weights: ArrayLike | None = None,
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none",
+    temperature: ArrayLike | None = None, reduction: Reduction = "none",
 ) -> Array:  # fmt: skip
-    """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)` for distributions, [N..., V].
+    """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)` for distributions.
 
     Raises:
       ValueError: The shapes do not broadcast.
@@ -54,16 +63,17 @@ def softmax_cross_entropy_with_integer_labels(
     ignore_index: int | None = None, label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None, weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
-    temperature: ArrayLike | None = None, reduction: str = "none",
+    temperature: ArrayLike | None = None, reduction: Reduction = "none",
 ) -> Array:  # fmt: skip
-    """The same for one class each, `y_c = [c = label]`, [N...].
+    """The same for class ids, [N...]: `y_c = [c = label]`.
 
     Raises:
       ValueError: The shapes do not broadcast.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(f"{softmax_cross_entropy_with_integer_labels(jnp.zeros(4), 2):.4f}")
+      >>> loss = softmax_cross_entropy_with_integer_labels(jnp.zeros(4), 2)
+      >>> print(f"{loss:.4f}")
       1.3863
     """
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)

@@ -1,12 +1,15 @@
 """What cannot be right raises, and says which argument, what was expected and what came."""
 
 import re
+import traceback
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import BOTH, one_hot
+
+from jax_sce import Sparse, linear_softmax_cross_entropy, shard
 
 N, V = 4, 6
 LOGITS = np.zeros((N, V), np.float32)
@@ -92,11 +95,31 @@ IN_BOTH = {
     "label_smoothing an array": (
         {"label_smoothing": np.zeros(N)},
         ValueError,
-        r"label_smoothing.*\(\).*\(4,\)",
+        r"label_smoothing.*a number.*\(4,\)",
+    ),
+    "label_smoothing a list": (
+        {"label_smoothing": [0.1]},
+        ValueError,
+        r"label_smoothing.*a number.*\(1,\)",
+    ),
+    "label_smoothing a dict": (
+        {"label_smoothing": {}},
+        TypeError,
+        "label_smoothing.*a number.*dict",
     ),
     "label_smoothing NaN": ({"label_smoothing": np.nan}, ValueError, "label_smoothing.*nan"),
-    "label_smoothing None": ({"label_smoothing": None}, TypeError, "label_smoothing.*None"),
-    "z_loss an array": ({"z_loss": np.zeros(2)}, ValueError, r"z_loss.*\(\).*\(2,\)"),
+    "label_smoothing None": (
+        {"label_smoothing": None},
+        TypeError,
+        "label_smoothing.*a number.*None",
+    ),
+    "z_loss an array": ({"z_loss": np.zeros(2)}, ValueError, r"z_loss.*a number.*\(2,\)"),
+    "softcap a str": ({"softcap": "30"}, TypeError, "softcap.*a number.*'30'"),
+    "temperature a str": (
+        {"temperature": "1"},
+        TypeError,
+        "temperature.*a number or an array.*'1'",
+    ),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap.*0.*0.0"),
     "softcap below 0": ({"softcap": -30.0}, ValueError, "softcap.*0.*-30"),
     "softcap NaN": ({"softcap": np.nan}, ValueError, "softcap.*nan"),
@@ -104,10 +127,19 @@ IN_BOTH = {
     "reduction None": ({"reduction": None}, ValueError, "reduction.*none.*sum.*mean.*None"),
 }
 INTEGER_ONLY = {
-    "float labels": ({"labels": IDS.astype(np.float32)}, TypeError, "labels.*integer.*float32"),
+    "float labels": (
+        {"labels": IDS.astype(np.float32)},
+        TypeError,
+        "labels.*integer.*float32; softmax_cross_entropy takes distributions",
+    ),
     "bool labels": ({"labels": IDS > 0}, TypeError, "labels.*integer.*bool"),
-    "one-hot labels": ({"labels": FLOATS.astype(int)}, ValueError, r"labels.*\(4,\).*\(4, 6\)"),
-    "labels to broadcast": ({"labels": 0}, ValueError, r"labels.*\(4,\).*\(\)"),
+    "float one-hot labels": ({"labels": FLOATS}, TypeError, "float32; softmax_cross_entropy takes"),
+    "one-hot labels": (
+        {"labels": FLOATS.astype(int)},
+        ValueError,
+        r"labels.*\(4,\), got \(4, 6\); softmax_cross_entropy takes distributions",
+    ),
+    "labels to broadcast": ({"labels": 0}, ValueError, r"labels.*\(4,\), got \(\)$"),
     "ignore_index a float": ({"ignore_index": 1.0}, TypeError, "ignore_index.*integer.*1.0"),
     "ignore_index an array": ({"ignore_index": IDS}, TypeError, "ignore_index.*integer"),
 }
@@ -117,8 +149,12 @@ DENSE_ONLY = {
         TypeError,
         "labels.*float32.*got float8_e4m3fn",
     ),
-    "class ids": ({"labels": IDS}, ValueError, r"labels.*\(4, 6\).*\(4,\)"),
-    "labels to broadcast": ({"labels": FLOATS[:1]}, ValueError, r"labels.*\(4, 6\).*\(1, 6\)"),
+    "class ids": (
+        {"labels": IDS},
+        ValueError,
+        r"labels.*\(4, 6\), got \(4,\); softmax_cross_entropy_with_integer_labels takes class ids",
+    ),
+    "labels to broadcast": ({"labels": FLOATS[:1]}, ValueError, r"labels.*\(4, 6\), got \(1, 6\)$"),
     "complex labels": ({"labels": FLOATS * 1j}, TypeError, "labels.*real.*complex"),
 }
 CASES = [
@@ -168,10 +204,46 @@ def test_errors_are_raised_when_tracing_too(kind):
         jax.jit(lambda z: BOTH[kind](z, arguments["labels"], softcap=0.0))(LOGITS)
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_forward_mode_without_its_rule_is_an_error_and_not_a_wrong_number(kind):
-    def loss(logits):
-        return BOTH[kind](logits, good(kind)["labels"])
+def losses_of_logits():
+    """Each loss as a function of an array [4, 6]: logits, or hidden states."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel = np.eye(V, dtype=np.float32)
+    return {
+        "integer": lambda z: BOTH["integer"](z, IDS),
+        "dense": lambda z: BOTH["dense"](z, FLOATS),
+        "linear": lambda z: linear_softmax_cross_entropy(z, kernel, IDS),
+        "shard": lambda z: shard(BOTH["integer"], mesh)(z, IDS),
+    }
 
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(loss, (jnp.asarray(LOGITS),), (jnp.asarray(LOGITS),))
+
+@pytest.mark.parametrize("kind", losses_of_logits())
+def test_forward_mode_without_its_rule_is_an_error_that_names_the_option(kind):
+    loss, logits = losses_of_logits()[kind], (jnp.asarray(LOGITS),)
+    with pytest.raises(TypeError, match="forward-mode") as raised:
+        jax.jvp(loss, logits, logits)
+    assert "jax_sce: for jvp, jacfwd" in raised.value.__notes__[0]
+    # Where JAX raises it after our functions have returned, it shows the line that it refuses.
+    with pytest.raises(TypeError, match="forward-mode") as raised:
+        jax.jit(lambda z: jax.jvp(loss, z, z))(logits)
+    assert "# jvp: forward_mode=True\n" in "".join(traceback.format_exception(raised.value))
+
+
+def test_lists_are_arrays():
+    numbers = np.arange(1.0, 5.0, dtype=np.float32)
+    options = {"where": np.arange(N) > 0, "weights": numbers, "temperature": numbers}
+    as_lists = {name: x.tolist() for name, x in options.items()}
+    got = BOTH["integer"](LOGITS.tolist(), IDS.tolist(), **as_lists)
+    np.testing.assert_array_equal(got, BOTH["integer"](LOGITS, IDS, **options))
+
+    labels, kernel = Sparse(IDS[:, None], numbers[:, None]), np.eye(V, dtype=np.float32)
+    sparse = Sparse(labels.ids.tolist(), labels.values.tolist())
+    got = linear_softmax_cross_entropy(LOGITS.tolist(), kernel.tolist(), sparse, bias=[0.0] * V)
+    want = linear_softmax_cross_entropy(LOGITS, kernel, labels, bias=LOGITS[0])
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_list_may_hold_traced_numbers():
+    def loss(t):
+        return BOTH["integer"](LOGITS[:2], IDS[:2], temperature=[t, 2.0])
+
+    assert jax.eval_shape(loss, 1.0).shape == (2,)

@@ -287,7 +287,7 @@ def test_a_bad_label_and_a_bad_row_are_loud_on_all_devices():
         (lambda m: shard(jnp.sum, m), ValueError, "loss must be one of softmax_cross_entropy, "),
         (lambda m: shard([], m), ValueError, "loss must be one of softmax_cross_entropy, "),
         (lambda m: shard(INTEGER, "data"), TypeError, "mesh must be a jax.sharding.Mesh or None, got"),
-        (lambda m: shard(INTEGER, m, batch=3), TypeError, "batch must be the name of a mesh axis"),
+        (lambda m: shard(INTEGER, m, batch=3), TypeError, "batch must be a mesh axis"),
         (lambda m: shard(INTEGER, m, classes="data"), ValueError,
          "batch and classes must name an axis once, got 'data' and 'data'"),
         (lambda m: shard(INTEGER, two_types())(logits(), labels("integer")), ValueError,
@@ -447,7 +447,7 @@ def test_a_gradient_that_is_taken_inside(check_vma, times):
 def test_an_axis_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="axis_name must name an axis of the mesh inside"):
         INTEGER(logits(), labels("integer"), axis_name="model")
-    with pytest.raises(TypeError, match="axis_name must be the name of a mesh axis"):
+    with pytest.raises(TypeError, match="axis_name must be a mesh axis"):
         INTEGER(logits(), labels("integer"), axis_name=0)
 
 

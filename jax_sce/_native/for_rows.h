@@ -1,4 +1,4 @@
-// Rows shared out to threads.
+// Distribute rows over threads.
 
 #ifndef JAX_SCE_FOR_ROWS_H_
 #define JAX_SCE_FOR_ROWS_H_
@@ -15,11 +15,11 @@
 
 namespace jax_sce {
 
-constexpr int64_t kPart = 1 << 15;  // logits that are worth handing to another thread
+constexpr int64_t kPart = 1 << 15;  // logits; a smaller part is not worth another thread
 
-// Calls work(begin, end) for all rows, here and on the threads of a pool. They take parts as they come; this
-// thread waits for parts that another one is at, and for none that is yet to be taken, so it does not
-// matter if the others never start, or if there is no memory to call them.
+// Calls work(begin, end) for all rows, on this thread and on those of a pool. Each takes the next part that is
+// left. At the end this thread waits only for parts that others have begun, so it does not matter if the others
+// never start, or if there is no memory to call them.
 template <class Pool, class Work>
 void for_rows(Pool& pool, int64_t num_rows, int64_t num_classes, Work work) {
   int64_t size = std::max<int64_t>(kPart / num_classes, 1);
@@ -43,7 +43,7 @@ void for_rows(Pool& pool, int64_t num_rows, int64_t num_classes, Work work) {
       }
     }
   };
-  std::shared_ptr<Progress> progress;  // of this thread and of others, which may come when all is done
+  std::shared_ptr<Progress> progress;  // shared: other threads may start after everything is done
   try {
     progress = std::make_shared<Progress>(parts);
     const int64_t helpers = std::min(parts, pool.num_threads()) - 1;

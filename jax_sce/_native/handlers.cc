@@ -1,4 +1,4 @@
-// The kernels as XLA's FFI calls them: arguments checked, rows shared out to XLA's threads.
+// The entry points for XLA's FFI: check the arguments and distribute the rows over XLA's threads.
 
 #include <atomic>
 #include <cstring>
@@ -9,7 +9,7 @@
 #include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
-// The FFI binds a handler's arguments by their types; that this one is a context it has to be told.
+// The FFI binds a handler's arguments by their types. It must be told that this one is a context.
 template <>
 struct xla::ffi::CtxBinding<xla::ffi::ThreadPool> {
   using Ctx = ThreadPool;
@@ -91,7 +91,7 @@ Error read_targets(const Problem& problem, const AnyBuffer& labels, const In<F32
   return Error::Success();
 }
 
-// What there is one of for each row.
+// Arrays with one number per row.
 template <class... Buffers>
 Error check_rows(const Problem& problem, Buffers&... buffers) {
   if (((static_cast<int64_t>(buffers.element_count()) == problem.num_rows) && ...))
@@ -191,7 +191,7 @@ Error target_cotangent(ThreadPool pool, AnyBuffer logits, In<PRED> where, AnyBuf
   return Error::Success();
 }
 
-// Logits and those of a teacher, float32 [N, V] both.
+// The logits and a teacher's logits, both float32 [N, V].
 Error read_both(const In<F32>& logits, const In<F32>& teacher, Problem* problem, Logits* of_teacher) {
   const auto dimensions = logits.dimensions();
   if (dimensions.size() < 1 || dimensions.back() < 1 ||
@@ -252,8 +252,8 @@ Error divergence_cotangent(ThreadPool pool, In<F32> logits, In<F32> teacher, In<
 EXPORT int jax_sce_ffi_major() { return XLA_FFI_API_MAJOR; }
 EXPORT int jax_sce_ffi_minor() { return XLA_FFI_API_MINOR; }
 
-// The kernels to use from now on, "best" or those of that level. Returns their level, or null if there are
-// none of that name, or not for this processor.
+// Selects the kernels to use from now on: "best", or the name of a level. Returns their level, or null if no
+// kernels have that name or this processor cannot run them.
 EXPORT const char* jax_sce_use(const char* level) {
   const Kernels* chosen = nullptr;
   for (const Kernels* found : kernels_for(features_here()))

@@ -23,8 +23,8 @@ extern const Kernels kernels_x86_64_v3;
 extern const Kernels kernels_x86_64_v4;
 #endif
 
-// Of an x86-64 processor: bits of CPUID, by leaf and register, and of XCR0, the registers that the operating
-// system keeps for each thread.
+// The features of an x86-64 processor: bits of CPUID, by leaf and register, and of XCR0, which says which
+// registers the operating system saves for each thread.
 struct Features {
   uint32_t ecx_1, ebx_7, ecx_80000001, xcr0;
 
@@ -40,8 +40,8 @@ constexpr uint32_t bits(std::initializer_list<int> places) {
   return all;
 }
 
-// All that the x86-64 psABI lets a compiler use at these levels. `__builtin_cpu_supports` of older
-// compilers knows only some of it.
+// Everything that the x86-64 psABI lets a compiler use at these levels. `__builtin_cpu_supports` of older
+// compilers knows only a part of it.
 constexpr Features kX86_64_V3 = {
     // SSE3, SSSE3, FMA, CMPXCHG16B, SSE4.1, SSE4.2, MOVBE, POPCNT, OSXSAVE, AVX, F16C
     bits({0, 9, 12, 13, 19, 20, 22, 23, 27, 28, 29}),
@@ -49,7 +49,7 @@ constexpr Features kX86_64_V3 = {
     bits({0, 5}),     // LAHF, LZCNT
     bits({1, 2}),     // XMM, YMM
 };
-constexpr Features kX86_64_V4 = {  // and those of v3
+constexpr Features kX86_64_V4 = {  // in addition to those of v3
     0,
     bits({16, 17, 28, 30, 31}),  // AVX-512 F, DQ, CD, BW, VL
     0,
@@ -68,7 +68,7 @@ inline Features features_here() {
   return found;
 }
 
-// Those that were built and that a processor with these features can run, the best last.
+// The kernels that were built and that a processor with these features can run, the best last.
 inline std::vector<const Kernels*> kernels_for([[maybe_unused]] const Features& features) {
   std::vector<const Kernels*> found = {&kernels_baseline};
 #ifdef JAX_SCE_HAS_X86_64_V3

@@ -1,14 +1,14 @@
 // The row kernels, for one instruction set: JAX_SCE_LEVEL names it.
 //
-// A row is read in blocks that stay in the first-level cache. Each is summed relative to the second largest
-// logit so far, and only one that holds a larger logit, as the first does, is searched for it before. All
-// arithmetic is in float, in vectors of the processor's width; a block that is not a whole number of them is
-// padded with absent classes (-inf). README.md tells more.
+// A row is read in blocks that stay in the first-level cache. A block is summed relative to the second
+// largest logit so far. Only a block with a larger logit (such as the first) is searched for it before that.
+// All arithmetic is in float, in vectors of the processor's width; a block that does not fill its last vector
+// is padded with absent classes (-inf). README.md has more.
 //
-// Accuracy, u = 2^-24 (see _rows.py for what follows from it): exponentials are within 2u to 4u (`exp_of`),
-// or lost below 2^-126. A block is summed in 32 partial sums of 16 terms at most, and blocks are added in
-// double; few classes are summed in 4 of at most 28. Distances in a tail are taken from the second largest
-// logit, so the long ones, whose rounding is felt, belong to terms that are not.
+// Accuracy, with u = 2^-24 (see _rows.py for the bounds that follow): exponentials are within 2u to 4u
+// (`exp_of`), or lost below 2^-126. A block is summed in 32 partial sums of at most 16 terms, and blocks are
+// added in double; few classes are summed in 4 partial sums of at most 28. Distances in a tail are relative to
+// the second largest logit: where a distance is long, and its rounding large, the term is negligible.
 
 #include "rows.h"
 
@@ -24,7 +24,7 @@
 #define JAX_SCE_NAME_(a) #a
 #define JAX_SCE_NAME(a) JAX_SCE_NAME_(a)
 #define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))  // of a lambda: what it refers to can stay in registers
+#define INLINED __attribute__((always_inline))  // for lambdas: their captures can stay in registers
 
 namespace jax_sce {
 namespace {
@@ -43,10 +43,10 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kStep = 32;  // so many floats at a time, in independent vectors
+constexpr int kStep = 32;  // floats per step, in independent vectors
 constexpr int kVectors = kStep / kLanes;
 constexpr int kBlock = 512;  // floats; a multiple of kStep
-constexpr int kFirst = 8 * kBlock;  // the first of a row, which stay in the cache, too
+constexpr int kFirst = 8 * kBlock;  // the first block of a row, which also stays in the cache
 
 typedef float F __attribute__((vector_size(4 * kLanes)));
 typedef int32_t I __attribute__((vector_size(4 * kLanes)));
@@ -67,7 +67,7 @@ INLINE void store(void* p, Vector v) {
 
 INLINE F all(float x) { return x - F{}; }
 
-// b if either is NaN. The instructions of x86 do this, but compilers do not see it.
+// b if either is NaN. The x86 instructions do this, but compilers do not recognize it.
 #if defined(__AVX512F__)
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }
@@ -102,15 +102,15 @@ constexpr bool kFused = false;
 
 enum class Need { kTerm, kExact };
 
-// e^(x + error / log2(e)) for x <= 0: 1 at 0, 0 from -88 on and at -inf, NaN for NaN. With n the integer
-// nearest to x log2(e), 2^n is made of its bits, and 2^r, r what is left, |r| <= 1/2, is a polynomial with
-// 1 at 0: minimax, with the coefficients rounded one by one and the rest fitted anew.
+// e^(x + error / log2(e)) for x <= 0: 1 at 0, 0 from -88 down and at -inf, NaN for NaN. Split x log2(e) into
+// the nearest integer n and the rest r, |r| <= 1/2. 2^n is made from its bits. 2^r is a minimax polynomial that
+// is 1 at 0; its coefficients were rounded one by one, each time fitting the others again.
 //
-// As a term of a sum, of which the largest is 1, within (3 + |x| / 4) u, u = 2^-24: the polynomial's 1.6u,
-// the roundings, and the rounding of log2(e). Otherwise within 2u.
+// As a term of a sum whose largest term is 1, it is within (3 + |x| / 4) u, u = 2^-24: 1.6u from the
+// polynomial, the roundings, and the rounding of log2(e). Otherwise it is within 2u.
 template <Need need>
 INLINE F exp_of(F x, F error = F{}) {
-  const F c = larger(all(-88.f), x);    // there n is -127, of which the bits make 0
+  const F c = larger(all(-88.f), x);    // there n is -127, whose bits make 0
   const F t = c * kLog2E + 12583039.f;  // 1.5 * 2^23 + 127: rounds to n + 127 in the last bits
   const F n = t - 12583039.f;
   F r, p;
@@ -147,8 +147,8 @@ INLINE F exp_difference(F a, F b) {
 
 // -- numbers of any type ------------------------------------------------------------------------------
 
-// Two vectors are read and written at a time. Those of bfloat16 hold the even and the odd places of what
-// lies there, for such a pair is taken apart and put together by shifts and masks alone.
+// Two vectors are read and written at a time. For bfloat16 one holds the even places and the other the odd
+// ones: such a pair is split and joined by shifts and masks alone.
 struct Pair {
   F a, b;
 };
@@ -174,8 +174,8 @@ INLINE U to_half(F x) {  // to the nearest, ties to even
   return half | sign >> 16;
 }
 
-// The upper half of each, ties to even. A NaN of which the last bits are set might overflow to another
-// number: there are none among numbers that were 16 bits wide, and `quiet` sees to all others.
+// The upper half of each, ties to even. A NaN with its last bits set might overflow to another number. Numbers
+// that were 16 bits wide have none, and `quiet` handles all others.
 INLINE U round_to_bfloat16(F x) {
   const U bits = (U)x;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -301,8 +301,8 @@ void write_zeros(void* data, Type type, int64_t n) {
 
 // -- blocks of a row ----------------------------------------------------------------------------------
 
-// [start, start + n) for all of a row, `first` of them first. The last whole vectors are one block, so that
-// they can be read where they lie, and what is left is another.
+// Calls with [start, start + n) for a whole row; the first block has length `first`. The last whole vectors
+// are one block, so that they can be read in place. The rest is another block.
 template <class Body>
 INLINE void for_blocks(int64_t num_classes, int64_t first, Body body) {
   for (int64_t start = 0; start < num_classes;) {
@@ -315,7 +315,7 @@ INLINE void for_blocks(int64_t num_classes, int64_t first, Body body) {
   }
 }
 
-// Numbers that can be read in whole vectors: where they lie, or in a buffer, as floats.
+// Numbers that can be read in whole vectors: in place, or in a buffer, as floats.
 struct Block {
   const void* data;
   Type type;
@@ -349,7 +349,7 @@ float read_logit(const Logits& z, int64_t row, int64_t j) {
   return static_cast<const float*>(read_logits(z, row, j, 1, buffer).data)[0];
 }
 
-// Whether the targets are the labels, and nothing else.
+// Are the targets just the labels?
 bool are_labels(const Logits& z, const Targets& y) {
   return y.type != Type::kIds && z.where == nullptr && *y.smoothing == 0 && y.class_weights == nullptr;
 }
@@ -392,7 +392,7 @@ void make_alike(int64_t n, Block* x, float* x_buffer, Block* t, float* t_buffer)
   to_float(t, t_buffer);
 }
 
-// body(j, k, pair) for each pair of vectors of a block, k of kVectors. What lies `ahead` is fetched meanwhile.
+// body(j, k, pair) for each pair of vectors of a block, k of kVectors. Prefetches `ahead`.
 template <Type type, class Body>
 INLINE void for_pairs(const void* data, int64_t n, int64_t ahead, Body body) {
   for (int64_t j = 0; j < n; j += kStep) {
@@ -458,7 +458,7 @@ float sum_up_to(float reference, Block x, int64_t n, int64_t ahead) {
   return total(sums);
 }
 
-// The sum of e^(x - reference), if no x is larger than that.
+// The sum of e^(x - reference), if no x is larger than the reference.
 bool sum_below(float reference, Block x, int64_t n, float* sum) {
   F sums[kVectors] = {}, m[2] = {all(reference), all(reference)};
   visit(x.type, [&](auto of) INLINED {
@@ -473,11 +473,11 @@ bool sum_below(float reference, Block x, int64_t n, float* sum) {
   return reduce(larger(m[0], m[1]), [](float a, float b) { return larger(a, b); }) == reference;
 }
 
-// Once a row, and again where a block has larger logits than all before. Of logits that rise from block to
-// block many such factors are multiplied, so in double.
+// Called once per row, and again for each block with a logit larger than all before. If logits rise from block
+// to block, many such factors are multiplied, so they are in double.
 double exp_difference(float a, float b) { return __builtin_exp(double(a) - b); }
 
-// The sum of the exponentials of a row, as it is read: of all but the largest, relative to the second.
+// The sum of the exponentials of a row so far: of all but the largest, relative to the second largest.
 struct Sum {
   TopTwo top = {-kInf, -kInf};
   double others = 0;
@@ -491,10 +491,10 @@ struct Sum {
     const TopTwo here = top_two(x, n), now = join(top, here);
     if (top.second > -kInf) others *= exp_difference(top.second, now.second);
     const bool leads = here.max > top.max;
-    // The one that led before is one of the others now.
+    // The previous leader is now one of the others.
     if (leads && top.max > -kInf) others += exp_difference(top.max, now.second);
     top = now;
-    // The leader lies above the reference, if it is here, and counts as one in the sum.
+    // If the leader is in this block, it lies above the reference and counts as one in the sum.
     for_blocks(n, kBlock, [&](int64_t start, int64_t part) {
       others += sum_up_to(larger(top.second, kLowest), x.from(start), part, n);
     });
@@ -509,10 +509,9 @@ struct Sum {
 };
 
 // -- few classes --------------------------------------------------------------------------------------
-// Rows that fill few vectors are read kRowsAtOnce together. For sums over the classes there is one in each
-// lane.
+// Rows that fill few vectors are read kRowsAtOnce at a time. To sum over the classes, each lane has one row.
 
-constexpr int kFew = 112;  // classes; from there on a row by itself is as fast
+constexpr int kFew = 112;  // classes; with more, one row at a time is as fast
 constexpr int kFewLogits = (kFew + 1) * kStep;  // of kStep rows, and padding after the last
 static_assert(kRowsAtOnce == kStep);
 
@@ -524,7 +523,7 @@ INLINE void for_rows_at_once(int64_t begin, int64_t end, Body body) {
   for (int64_t i = begin; i < end; i += kStep) body(i, end - i < kStep ? end - i : kStep);
 }
 
-// The same of rows one after the other.
+// The same for rows one after the other.
 void fill_masked(const Logits& z, int64_t i, int64_t rows, float value, float* x) {
   const int64_t v = z.num_classes, n = rows * v;
   uint8_t repeated[kFewLogits];
@@ -541,7 +540,7 @@ void read_rows(const Logits& z, int64_t i, int64_t rows, float* out) {
   const int64_t n = rows * z.num_classes;
   read(at(z.data, z.type, i * z.num_classes), z.type, n, 0, out);
   fill_masked(z, i, rows, -kInf, out);
-  store(out + padded(n), F{});  // the last row is read in whole vectors, too
+  store(out + padded(n), F{});  // the last row, too, is read in whole vectors
 }
 
 void read_rows(const Logits& z, const Targets& y, int64_t i, int64_t rows, float* out) {
@@ -561,7 +560,7 @@ void transpose(const float* row, int64_t r, int64_t v, float* columns) {
 
 F add_up(const F* sums) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
-// Of columns, with three absent classes (-inf) after the last.
+// For columns, with three absent classes (-inf) after the last.
 void statistics_of_columns(const float* columns, int64_t v, int64_t rows, float* max, float* tail) {
   float maxima[kStep], tails[kStep];
   for (int k = 0; k < kStep; k += kLanes) {
@@ -618,7 +617,7 @@ void target_statistics_of_few(const Logits& z, const Targets& y, float* max, flo
     for (int k = 0; k < kStep; k += kLanes) {
       F highest = all(kLowest), mass_so_far = {}, moment_so_far = {};
       for (int64_t j = 0; j < v; ++j) highest = larger(load<F>(columns + j * kStep + k), highest);
-      for (int64_t start = 0; start < v; start += 16) {  // few at a time, lest roundings add up
+      for (int64_t start = 0; start < v; start += 16) {  // few at a time, so that roundings do not add up
         F masses[4] = {}, moments[4] = {};
         for (int64_t j = start; j < v && j < start + 16; j += 4)
           for (int l = 0; l < 4; ++l) {
@@ -675,7 +674,7 @@ void label_cotangent_of_few(const Logits& z, const int32_t* labels, const float*
   });
 }
 
-// What a row has to itself in the cotangent of its targets.
+// The numbers of one row in the cotangent of its targets.
 struct TargetFactors {
   float highest, rest, mass, g, uniform, share;
 
@@ -685,7 +684,7 @@ struct TargetFactors {
 
   INLINE F of(F x, F target) const {
     const F distance = x - highest, e = exp_of<Need::kExact>(distance);
-    // At the largest logit nothing is to cancel. The cotangent comes last: it may be infinite.
+    // At the largest logit nothing may cancel. Multiply by the cotangent last: it may be infinite.
     const F at_max = ((mass - target) - target * rest) * share;
     const F below = e * (mass * share) - target;
     return (distance == 0 ? at_max : below) * g + e * uniform;
@@ -728,13 +727,13 @@ void label_statistics(const Logits& z, const int32_t* labels, float* max, float*
   }
 }
 
-// Where the cotangent of a block is made: where it goes, or in a buffer, to be masked and written there.
+// Where to compute the cotangent of a block: in place, or in a buffer, which is then masked and copied.
 void finish(const Logits& z, int64_t row, int64_t start, int64_t n, float* buffer, void* out) {
   fill_masked(mask_of(z, row, start), n, 0, buffer);
   write(out, z.type, n, buffer);
 }
 
-// Where an exponential is 0, the distance is not infinite, and their product 0.
+// If an exponential is 0, the distance is still finite, so that their product is 0.
 INLINE F not_infinite(F distance) { return larger(all(-128.f), distance); }
 
 void spread(const Logits& z, const float* max, float* out, int64_t begin, int64_t end) {
@@ -861,7 +860,7 @@ void target_cotangent(const Logits& z, const Targets& y, const float* max, const
   }
 }
 
-// What a row has to itself in its divergence from a teacher's: see _divergence.py.
+// The numbers of one row in its divergence from a teacher's: see _divergence.py.
 struct Divergence {
   float highest, share, teacher_highest, teacher_share, maxima, lost, shift;
 
