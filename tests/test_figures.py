@@ -127,7 +127,7 @@ def test_what_whole_logits_cannot_hold():
 
 def test_the_time_of_importing():
     report = json.loads((ROOT / "examples" / "benchmark" / "scaling.json").read_text())
-    assert said(f"`import jax_sce` {1e3 * report['import_seconds']['median']:.0f} ms beyond")
+    assert said(f"`import jax_sce` takes {1e3 * report['import_seconds']['median']:.0f} ms beyond")
 
 
 def test_where_it_is_not_the_fastest():
