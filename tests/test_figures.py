@@ -1,19 +1,44 @@
-"""README.md's figures are those that `python -m jax_sce.benchmark` left in examples/benchmark/."""
+"""README.md and the pages: their figures stand in the reports, their code runs, their links resolve."""
 
 import dataclasses
+import importlib.util
 import json
+import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import jsonschema
+import numpy as np
+import optax
 import pytest
+from support import lax_rules, quick, rng
 
+import jax_sce
 from jax_sce.benchmark import Row
 from jax_sce.benchmark._report import SCHEMA
 
 ROOT = Path(__file__).parents[1]
 REPORTS = sorted((ROOT / "examples" / "benchmark").glob("*.json"))
-README = (ROOT / "README.md").read_text()
-PAGE = (ROOT / "examples" / "benchmark" / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for folder in (
+        ".",
+        "examples",
+        "examples/benchmark",
+        "jax_sce/testing",
+        "jax_sce/_native",
+        "tests",
+    )
+    for path in (ROOT / folder).glob("*.md")
+}
+README = PAGES["README.md"]
+PAGE = PAGES["examples/benchmark/README.md"]
+
+
+def said(text, page=PAGE):
+    """Is this said, wherever the lines are broken?"""
+    return " ".join(text.split()) in " ".join(page.split())
 
 
 def rows_of(name):
@@ -71,7 +96,7 @@ def head_lines(rows):
 def test_the_tables_of_the_gpu():
     rows = rows_of("h100.json") + rows_of("h100_heads.json")
     for line in logits_lines(rows, ([8192, 32000], [8192, 128256], [4096, 1000])):
-        assert line in README
+        assert line in PAGE
     for shape in ([8192, 2304, 256000], [4096, 4096, 128256], [32768, 2560, 128256],
                   [32768, 4096, 128256]):  # fmt: skip
         cells = []
@@ -81,13 +106,13 @@ def test_the_tables_of_the_gpu():
             time = "" if row["seconds"] is None else f"{1e3 * row['seconds']['median']:.1f}"
             cells += [time] + [f"{row['temporary_bytes'] / 2**30:.1f}"] * (peer != "floor")
         line = f"| {' x '.join(map(str, shape))} | {' | '.join(cells)} |"
-        assert line.replace("|  |", "| |") in README
+        assert line.replace("|  |", "| |") in PAGE
 
 
 @pytest.mark.parametrize("lines", [logits_lines, head_lines])
 def test_the_tables(lines):
     for line in lines(rows_of("cpu.json")):
-        assert line in README
+        assert line in PAGE
 
 
 def test_what_whole_logits_cannot_hold():
@@ -96,13 +121,13 @@ def test_what_whole_logits_cannot_hold():
     ours = find(rows, peer="jax_sce", shape=naive["shape"])
     size = " x ".join(map(str, naive["shape"]))
     whole = f"{naive['temporary_bytes'] / 2**30:.0f} GiB"
-    assert f"A head of {size} has logits and cotangents of {whole}" in README
-    assert f"one runs in {ours['peak_bytes'] / 2**20:.0f} MiB" in README
+    assert said(f"A head of {size} has logits and cotangents of {whole}")
+    assert said(f"one runs in {ours['peak_bytes'] / 2**20:.0f} MiB")
 
 
 def test_the_time_of_importing():
     report = json.loads((ROOT / "examples" / "benchmark" / "scaling.json").read_text())
-    assert f"`import jax_sce` {1e3 * report['import_seconds']['median']:.0f} ms beyond" in README
+    assert said(f"`import jax_sce` takes {1e3 * report['import_seconds']['median']:.0f} ms beyond")
 
 
 def test_where_it_is_not_the_fastest():
@@ -112,15 +137,15 @@ def test_where_it_is_not_the_fastest():
     jitted = [
         r["ratio"] for r in ours if r["subject"] == "small" and r["pass_name"] != "eager_forward"
     ]
-    assert f"take {min(jitted):.1f} to {max(jitted):.1f} times as long" in README
+    assert said(f"take {min(jitted):.1f} to {max(jitted):.1f} times as long")
     compiling = []
     for row in ours:
         if row["compile_seconds"] is not None:
             same = {k: row[k] for k in ("subject", "shape", "dtype", "pass_name")}
             theirs = find(rows, **same, peer="optax")["compile_seconds"]
             compiling.append((row["compile_seconds"] / theirs, row["compile_seconds"]))
-    assert f"compiling takes up to {max(compiling)[0]:.1f} times as long" in README
-    assert f"{max(s for _, s in compiling):.1f} s at most" in README
+    assert said(f"compiling takes up to {max(compiling)[0]:.1f} times as long")
+    assert said(f"{max(s for _, s in compiling):.1f} s at most")
 
 
 # -- compiled for machines that are not here -----------------------------------------------------------
@@ -207,11 +232,187 @@ def beside_lines():
 
 def test_the_tables_of_what_was_compiled():
     rows = rows_of("compiled.json")
-    for line in [*passes_lines(rows), *compiled_head_lines(rows)]:
-        assert line in README
-    smaller = compiled_head_lines(rows, (8192, 2304, 256000))
-    for line in [*smaller, *mesh_lines(rows_of("compiled_mesh.json")), *beside_lines()]:
+    heads = [*compiled_head_lines(rows), *compiled_head_lines(rows, (8192, 2304, 256000))]
+    mesh = mesh_lines(rows_of("compiled_mesh.json"))
+    for line in [*passes_lines(rows), *heads, *mesh, *beside_lines()]:
         assert line in PAGE
+
+
+def readme_lines():
+    """README.md's first table."""
+    cpu, h100, compiled = (rows_of(f"{name}.json") for name in ("cpu", "h100", "compiled"))
+
+    def gradient(rows, subject, shape, dtype="float32", peer="jax_sce", **machine):
+        own = {"subject": subject, "shape": [*shape], "dtype": dtype, "peer": peer, **machine}
+        return find(rows, **own, pass_name="value_and_grad")
+
+    def logits(rows, shape):
+        float32, bfloat16 = (
+            gradient(rows, "logits", shape, x)["ratio"] for x in ("float32", "bfloat16")
+        )
+        return f"{float32:.2f} of optax's; bfloat16 {bfloat16:.2f}"
+
+    def memory(ours, whole, unit, bits, digits=1):
+        ours, whole = (row["temporary_bytes"] / 2**bits for row in (ours, whole))
+        return f"{ours:.{digits}f} {unit}, whole logits {whole:.{digits}f} {unit}"
+
+    ours, whole = (gradient(cpu, "linear", (1024, 64, 32000), peer=x) for x in ("jax_sce", "naive"))
+    head = f"{ours['ratio']:.2f} of whole logits'", memory(ours, whole, "MiB", 20, 0)
+    yield "CPU, two threads", logits(cpu, (512, 32000)), *head, "measured"
+
+    ours, whole = (
+        gradient(h100, "linear", (8192, 2304, 256000), "bfloat16", x) for x in ("jax_sce", "naive")
+    )
+    times = [f"{1e3 * row['seconds']['median']:.0f} ms" for row in (ours, whole)]
+    head = f"{times[0]}, whole logits {times[1]}", memory(ours, whole, "GiB", 30)
+    yield "one NVIDIA H100", logits(h100, (8192, 128256)), *head, "measured"
+
+    def head(rows, machine):
+        ours, whole = (
+            gradient(rows, "linear", (32768, 4096, 128256), "bfloat16", x, machine=machine)
+            for x in ("jax_sce", "naive")
+        )
+        bounds = [f"{1 / row['floor_fraction']:.2f}" for row in (ours, whole)]
+        time = f"{bounds[0]} of the products', whole logits {bounds[1]}"
+        return time, memory(ours, whole, "GiB", 30), "compiled"
+
+    for machine in ("v5p", "v6e"):
+        passes = [
+            gradient(compiled, "logits", (8192, 128256), "bfloat16", x, machine=machine)["cost"]
+            for x in ("jax_sce", "optax")
+        ]
+        ours, optaxs = (f"{cost['passes']:.1f}" for cost in passes)
+        time = f"{ours} passes over memory, optax {optaxs}"
+        yield f"TPU {machine}", time, *head(compiled, machine)
+    yield "2 x 4 H100, each", "", *head(rows_of("compiled_mesh.json"), "h100")
+
+
+def test_the_first_table():
+    for cells in readme_lines():
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in README
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 160
+    prose = re.sub(r"^\|.*|^!\[.*", "", README, flags=re.M)
+    assert max(map(len, prose.splitlines())) <= 105
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links(page):
+    """Files that a page names are there, and headings too."""
+    text = re.sub(r"^ *```.*?^ *```", "", PAGES[page], flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / name if name else ROOT / page
+            assert path.exists(), target
+            headings = re.findall(r"^#+ (.*)", path.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings]
+            assert not anchor or anchor in slugs, target
+
+
+# -- their code ----------------------------------------------------------------------------------------
+
+
+def code(page):
+    """The blocks that run; a fragment of another program's code is marked as ```py."""
+    return [re.sub(r"^  ", "", x, flags=re.M) if x.startswith("  ") else x
+            for x in re.findall(r"^ *```python\n(.*?)^ *```", PAGES[page], re.M | re.S)]  # fmt: skip
+
+
+def arrays():
+    """What the blocks of the pages name and do not make."""
+    r = rng(7)
+
+    def floats(*shape):
+        return jnp.asarray(r.normal(size=shape).astype(np.float32))
+
+    ids = jnp.asarray(r.integers(0, 5, (2, 6)).astype(np.int32))
+    return {
+        "jax": jax, "jnp": jnp, "jax_sce": jax_sce, "optax": optax,
+        "logits": floats(2, 6, 5), "hidden": floats(2, 6, 4), "kernel": floats(4, 5),
+        "embedding": floats(5, 4), "labels": ids, "tokens": ids, "segment_ids": ids // 3,
+        "advantage": floats(2, 6), "old_nll": floats(2, 6), "is_prompt": ids == 1,
+        "is_padding": ids == 2, "teacher_hidden": floats(2, 6, 3), "teacher_kernel": floats(3, 5),
+        "top_ids": jnp.stack([ids, ids], axis=-1), "top": jnp.full((2, 6, 2), 0.3),
+    }  # fmt: skip
+
+
+def test_the_quick_example(capsys):
+    """README.md's prints what it says."""
+    (block,) = [x for x in code("README.md") if "set_printoptions" in x]
+    with np.printoptions(), lax_rules():
+        exec(block, {})
+    assert capsys.readouterr().out == "".join(re.findall(r"^# (.*\n)", block, re.M))
+
+
+@lax_rules()
+def test_the_code_of_the_pages():
+    """It can be traced. (What the losses compute is the other tests' subject.)"""
+
+    def run(*blocks):
+        names = arrays()
+        for block in blocks:
+            wanted = re.findall(r"^(?:import|from) (\w+)", block, re.M)
+            if all(map(importlib.util.find_spec, wanted)):  # not every package is a test's
+                exec(block, names)
+
+    before_and_after, *_ = code("README.md")
+    jax.eval_shape(lambda: run(before_and_after))
+    recipes = code("examples/recipes.md")
+    assert len(recipes) > 10
+    jax.eval_shape(lambda: run(*recipes))
+
+
+@lax_rules()
+def test_what_changes_for_who_comes_from_elsewhere():
+    """examples/migrating.md: each `after` is the `before`."""
+    logits, tangent = (rng(seed).normal(size=(4, 5)).astype(np.float32) for seed in (1, 2))
+    ids, labels = np.array([0, 2, 4, 1]), np.array([0, -1, 4, 1])
+
+    @quick
+    def pairs(logits, tangent):
+        names = {
+            "logits": logits, "tangent": tangent, "ids": ids, "labels": labels, "num_classes": 5,
+            "weights": jnp.array([1.0, 0.0, 2.0, 0.5]), "hidden": logits, "kernel": tangent.T,
+        }  # fmt: skip
+        found = []
+        for block in code("examples/migrating.md"):
+            exec(block, names)
+            if "before" in block:
+                found.append((names.pop("before"), names.pop("after")))
+        return found
+
+    found = pairs(logits, tangent)
+    assert len(found) == 7
+    for before, after in found:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(y, x, 2e-6), before, after)
+
+    def masked(z):  # the first thing that the page says
+        losses = jax_sce.softmax_cross_entropy_with_integer_labels(z, labels)
+        return jnp.where(labels >= 0, losses, 0).sum()
+
+    value, gradient = quick(jax.value_and_grad(masked))(logits)
+    assert np.isfinite(value)
+    assert np.isnan(gradient).any(axis=1).tolist() == [False, True, False, False]
+
+
+@lax_rules()
+def test_the_limits_name_a_bad_label(capsys):
+    def loss(logits, labels):
+        return jax_sce.softmax_cross_entropy_with_integer_labels(logits, labels, reduction="mean")
+
+    (block,) = code("examples/limits.md")
+    names = {
+        "jax": jax,
+        "train_step": loss,
+        "logits": jnp.zeros((3, 5)),
+        "labels": np.array([0, 1, 7]),
+    }
+    exec(block, names)
+    printed, (says,) = capsys.readouterr().out, re.findall(r"# (.*)", block)
+    assert printed.startswith(says)
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.name)

@@ -497,20 +497,26 @@ def test_classes_that_are_not_split_over_axis_name_are_named(kind):
     trace("2x4", P(), "model", check_vma=False)  # where JAX does not know
 
 
-def test_the_readers_recipes():
-    """README.md's: under plain jit, of a transformer that looks its states up, and with `shard`."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    section = text.partition("## On a mesh\n")[2].partition("\n## ")[0]
-    plain, by_shard = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+def test_the_readers_recipes(capsys):
+    """README.md's, and those of examples/meshes.md: under plain jit, and with `shard`."""
+    root = Path(__file__).parents[1]
+
+    def blocks(page):
+        return re.findall(r"```python\n(.*?)```", (root / page).read_text(), re.DOTALL)
+
+    (ten_lines,) = [block for block in blocks("README.md") if "make_mesh" in block]
+    exec(ten_lines, {})
+    assert capsys.readouterr().out.strip() == re.findall(r"print.*  # (.*)", ten_lines)[0]
 
     def transformer(params, tokens):
         return jax.nn.one_hot(tokens, N) @ params["embedding"]
 
+    plain, with_shard = blocks("examples/meshes.md")
     names = {"jax": jax, "jax_sce": jax_sce, "transformer": transformer}
     floats, ids = arguments("linear", plain=True)[0], labels("integer")
     params = {"embedding": floats["hidden"], "head": floats["kernel"]}
     loss = functools.partial(linear_softmax_cross_entropy, reduction="mean")
-    want = jax.value_and_grad(lambda p: loss(p["embedding"], p["head"], ids))(params)
+    want = quick(jax.value_and_grad(lambda p: loss(p["embedding"], p["head"], ids)))(params)
 
     exec(plain, names)
     mesh, _ = make_mesh("2x4")
@@ -518,11 +524,9 @@ def test_the_readers_recipes():
     head = jax.device_put(params["head"], NamedSharding(mesh, P(None, "model")))
     assert_close(names["value_and_gradient"](params | {"head": head}, *split), want)
 
-    set_mesh, _, rest = by_shard.partition("\n")
-    with eval(set_mesh, names):
-        exec(rest, names)
-        got = names["loss"](params["embedding"], params["head"], ids, reduction="mean")
-    assert_close(got, want[0])
+    exec(with_shard, names)
+    by_shard = quick(functools.partial(names["loss"], reduction="mean"))
+    assert_close(by_shard(params["embedding"], params["head"], ids), want[0])
 
 
 # -- what crosses -------------------------------------------------------------------------------------
