@@ -516,7 +516,7 @@ def test_the_readers_recipes(capsys):
     floats, ids = arguments("linear", plain=True)[0], labels("integer")
     params = {"embedding": floats["hidden"], "head": floats["kernel"]}
     loss = functools.partial(linear_softmax_cross_entropy, reduction="mean")
-    want = quick(jax.value_and_grad(lambda p: loss(p["embedding"], p["head"], ids)))(params)
+    want = jax.jit(jax.value_and_grad(lambda p: loss(p["embedding"], p["head"], ids)))(params)
 
     exec(plain, names)
     mesh, _ = make_mesh("2x4")
@@ -525,7 +525,7 @@ def test_the_readers_recipes(capsys):
     assert_close(names["value_and_gradient"](params | {"head": head}, *split), want)
 
     exec(with_shard, names)
-    by_shard = quick(functools.partial(names["loss"], reduction="mean"))
+    by_shard = jax.jit(functools.partial(names["loss"], reduction="mean"))
     assert_close(by_shard(params["embedding"], params["head"], ids), want[0])
 
 

@@ -125,34 +125,47 @@ def test_arguments_are_not_changed(kind, loss):
 # -- second derivatives and forward mode ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1}])
-def test_hessians(kind, options):
-    """At a tie, a confident row, and any row, by all orders of the modes that the rules allow."""
+ORDERS = {
+    "forward over reverse": (jax.jacfwd, jax.jacrev, False),
+    "reverse over reverse": (jax.jacrev, jax.jacrev, False),
+    "forward over reverse, forward_mode": (jax.jacfwd, jax.jacrev, True),
+    "reverse over forward, forward_mode": (jax.jacrev, jax.jacfwd, True),
+    "forward over forward, forward_mode": (jax.jacfwd, jax.jacfwd, True),
+}
+
+
+@functools.cache
+def naive_hessian(kind, with_options):
+    """At a tie, a confident row, and any row."""
     rows = np.array([[1.0, 1.0, 0.0, -1.0, 0.5, 1.0], [30.0, 0, 1, 2, 0, 1], LOGITS[0]])
     labels = labels_for(kind)[:3]
 
-    def f(z, forward_mode):
-        return jnp.vdot(cotangents(3), BOTH[kind](z, labels, forward_mode=forward_mode, **options))
-
-    def reference(z):
+    def f(z):
         y = jax.nn.one_hot(labels, V) if kind == "integer" else labels
-        if options:
+        if with_options:
             z = 2.0 * jnp.tanh(z / 2.0)
             y = 0.9 * y + 0.1 / V
         normalizer = jax.nn.logsumexp(z, axis=-1)
         losses = jnp.sum(y * (normalizer[:, None] - z), -1)
-        return jnp.vdot(cotangents(3), losses + (0.1 if options else 0.0) * normalizer**2)
+        return jnp.vdot(cotangents(3), losses + (0.1 if with_options else 0.0) * normalizer**2)
 
-    want = jax.jit(jax.hessian(reference))(rows)
-    for outer, inner, forward_mode in (
-        (jax.jacfwd, jax.jacrev, False),
-        (jax.jacrev, jax.jacrev, False),
-        (jax.jacfwd, jax.jacrev, True),
-        (jax.jacrev, jax.jacfwd, True),
-        (jax.jacfwd, jax.jacfwd, True),
-    ):
-        got = jax.jit(outer(inner(functools.partial(f, forward_mode=forward_mode))))(rows)
-        assert_close(got, want, rtol=1e-11)
+    return rows, labels, jax.jit(jax.hessian(f))(rows)
+
+
+@pytest.mark.parametrize(
+    ("order", "kind", "with_options"),
+    covering(list(ORDERS), list(BOTH), [False, True]),
+)
+def test_hessians(order, kind, with_options, x64):
+    """By all orders of the modes that the rules allow."""
+    rows, labels, want = naive_hessian(kind, with_options)
+    outer, inner, forward_mode = ORDERS[order]
+    options = {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1} if with_options else {}
+
+    def f(z):
+        return jnp.vdot(cotangents(3), BOTH[kind](z, labels, forward_mode=forward_mode, **options))
+
+    assert_close(jax.jit(outer(inner(f)))(rows), want, rtol=1e-11)
 
 
 @pytest.mark.parametrize("by", ["logits", "labels", "kernel"])
