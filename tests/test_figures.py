@@ -371,7 +371,7 @@ def test_what_changes_for_who_comes_from_elsewhere():
     logits, tangent = (rng(seed).normal(size=(4, 5)).astype(np.float32) for seed in (1, 2))
     ids, labels = np.array([0, 2, 4, 1]), np.array([0, -1, 4, 1])
 
-    @quick
+    @jax.jit
     def pairs(logits, tangent):
         names = {
             "logits": logits, "tangent": tangent, "ids": ids, "labels": labels, "num_classes": 5,
