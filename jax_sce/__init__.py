@@ -9,4 +9,4 @@ from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entrop
 from ._sharded import shard as shard
 from ._targets import Sparse as Sparse, Teacher as Teacher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
