@@ -37,4 +37,4 @@ __all__ = [  # noqa: RUF022 - in order of importance
     "native",
     "reference",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
