@@ -67,8 +67,8 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
             if value < least or (most is not None and value > most):
                 raise ValueError
         except ValueError:
-            limits = f"at least {least}" if most is None else f"from {least} to {most}"
-            error = f"must be a whole number, {limits}, got {text!r}"
+            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+            error = f"must be a whole number {limits}, got {text!r}"
             raise argparse.ArgumentTypeError(error) from None
         return value
 
