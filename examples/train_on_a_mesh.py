@@ -272,8 +272,9 @@ def start_processes(count: int, resumable: bool) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"Stopped. {advice(resumable)}") from None
     finally:
-        for process in processes:
+        for process in processes:  # all before waiting, so that none reports that it lost another
             process.kill()
+        for process in processes:
             process.wait()
     if any(codes):
         # The code of a signal is negative and comes first. Processes that fail after it exit with 1.
