@@ -1,40 +1,43 @@
-"""Derives the gradient of softmax cross-entropy by hand, and has JAX check every line of it.
+"""Derives the gradient of softmax cross-entropy by hand, and lets JAX check every line.
 
     python examples/derivation.py [--quick] [--out FOLDER]
 
-The terminal is the page: each equation is printed with its value for one small example, after chex
-has asserted in float64 that automatic differentiation says the same. Then the page shows where the
-textbook's formulas cancel in float32, what jax_sce computes instead, and that its public functions
+The page is printed: each equation with its value for one small example, after chex has asserted in
+float64 that automatic differentiation gives the same. Then the page shows where the textbook's
+formulas lose their digits in float32, what jax_sce computes instead, and that its public functions
 agree with automatic differentiation of the naive formula.
 
 Time: about 15 seconds on two CPU cores; `--quick` draws the picture from fewer points.
 
-Draws `derivation.png`: the relative errors, in float32, of the loss and of the gradient at the
-label's logit, by the lead of that logit.
+Draws `accuracy.png`: the relative errors in float32 of the loss and of its gradient, from
+predictions that are unsure to predictions that are certain.
 """
 
-import argparse
+import common  # first, because of Ctrl-C
+
+# isort: split
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
+import optax
+from common import BLUE, GREEN, VERMILION
 from jax import Array
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import track
 from rich.table import Table
 
 from jax_sce import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
 jax.config.update("jax_enable_x64", True)  # so that the mathematics is checked to 14 digits
 
-BLUE, VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito's: told apart by colour-blind readers too
 FLOAT32_EPS = 2.0**-23
 
 console = Console(highlight=False)
@@ -56,8 +59,8 @@ def cross_entropy(o: Array, y: Array) -> Array:
 
 
 def statistics(z: Array) -> tuple[Array, Array]:
-    """The monoid `(m, tail)` of one row: the maximum, and what the other classes add to its 1."""
-    first = jnp.arange(z.size) == z.argmax()  # of several equal maxima only one is left out
+    """The maximum m of one row, and the tail: the sum of exp(z - m) over the other classes."""
+    first = jnp.arange(z.size) == z.argmax()  # leaves out only one of several equal maxima
     m = z.max()
     return m, jnp.where(first, 0, jnp.exp(z - m)).sum()
 
@@ -82,9 +85,9 @@ def say(text: str) -> None:
 def equation(
     text: str, value: Array, expected: Array | None = None, source: str = "autodiff"
 ) -> None:
-    """Prints an equation with its value, which must be the one expected."""
+    """Prints an equation with its value, and checks that this is the expected one."""
     numbers = np.array2string(
-        np.asarray(value), formatter={"float": _digits}, threshold=50, edgeitems=2
+        np.asarray(value), formatter={"float": _digits}, threshold=50, edgeitems=1
     )
     checked = ""
     if expected is not None:
@@ -141,11 +144,11 @@ def the_loss() -> None:
     )
     equation("from the class itself, j = i:   (-yᵢ/oᵢ)(oᵢ - oᵢ²) = oᵢ yᵢ - yᵢ", o * Y - Y, own)
 
-    say("The oⱼ of the denominators are gone. The two together, with Σⱼ yⱼ = 1:")
+    say("The denominators oⱼ have cancelled. Both cases together, with Σⱼ yⱼ = 1:")
     gradient = jax.grad(lambda z: cross_entropy(softmax(z), Y))(Z)
     equation("∂E/∂zᵢ = oᵢ Σⱼ yⱼ - yᵢ = oᵢ - yᵢ", o - Y, gradient)
 
-    say("Where a single class t is right (here t = 2), the cases are the ones known by heart:")
+    say("If a single class t is right (here t = 2), these are the two well-known cases:")
     t = 2
     gradient = jax.grad(lambda z: -jnp.log(softmax(z)[t]))(Z)
     right = jnp.arange(Z.size) == t
@@ -166,8 +169,8 @@ def unnormalized_targets() -> None:
     equation("∂E/∂zᵢ = oᵢ Σⱼ yⱼ - yᵢ", o * y.sum() - y, gradient)
 
     say(
-        "o - y cannot be right: a constant added to all logits leaves the loss as it is, so that "
-        "the gradient must sum to 0, and o - y sums to 1 - Σⱼ yⱼ."
+        "o - y cannot be right. A constant added to all logits does not change the loss, so the "
+        "gradient must sum to 0, and o - y sums to 1 - Σⱼ yⱼ."
     )
     equation("Σᵢ (oᵢ Σⱼ yⱼ - yᵢ) = 0", (o * y.sum() - y).sum(), gradient.sum())
     equation("o - y, off by oᵢ (Σⱼ yⱼ - 1)", o - y, gradient - o * (y.sum() - 1))
@@ -179,7 +182,7 @@ def the_log_normalizer() -> None:
     equation("L = log Σₖ exp(zₖ)", log_normalizer(Z))
     equation("∂L/∂zᵢ = exp(zᵢ) / S = oᵢ", o, jax.grad(log_normalizer)(Z))
 
-    say("As log oⱼ = zⱼ - L, the loss is E = L Σⱼ yⱼ - Σⱼ yⱼ zⱼ, and section 2 shrinks to a line.")
+    say("With log oⱼ = zⱼ - L the loss is E = L Σⱼ yⱼ - Σⱼ yⱼ zⱼ. Section 2 becomes one line:")
     equation(
         "∂E/∂zᵢ = ∂L/∂zᵢ Σⱼ yⱼ - yᵢ = oᵢ Σⱼ yⱼ - yᵢ",
         o * y.sum() - y,
@@ -195,7 +198,7 @@ def the_log_normalizer() -> None:
         pull_back((g_E, g_L))[0],
     )
 
-    say("Nothing else is needed: the z-loss E + λL², for one, only sends g_L = 2λL into the rule.")
+    say("Other losses need no other rule. The z-loss E + λL² only sends g_L = 2λL into this one:")
     equation(
         "∂(E + λL²)/∂z = (Σⱼ yⱼ + 2λL) o - y      (λ = 0.01)",
         (y.sum() + 0.02 * log_normalizer(Z)) * o - y,
@@ -204,11 +207,12 @@ def the_log_normalizer() -> None:
 
 
 def without_cancellation() -> None:
-    heading("5. The same, without a difference of near-equal numbers")
+    heading("5. The same, without subtracting nearly equal numbers")
     y, o = UNNORMALIZED, softmax(Z)
     say(
         "A confident row has oₜ ≈ 1 and L ≈ zₜ: both oₜ - 1 and L - zₜ are small differences of "
-        "rounded numbers. So let m be the largest logit, and sum the others apart from its own 1:"
+        "rounded numbers. So let m be the largest logit, and sum the terms of the other classes "
+        "without the 1 of the largest:"
     )
     m, tail = statistics(Z)
     top = Z.argmax()
@@ -239,7 +243,7 @@ def without_cancellation() -> None:
         gradient[t],
     )
 
-    say("Two sets of classes merge by rescaling to the larger maximum: chunks, devices, all alike.")
+    say("Two sets of classes, in two chunks or on two devices, merge at the larger maximum:")
     (m_a, tail_a), (m_b, tail_b) = statistics(Z[:2]), statistics(Z[2:])
     equation(
         "m_b ≥ m_a:   tail = tail_b + (1 + tail_a) exp(m_a - m_b)",
@@ -279,7 +283,7 @@ def our_label_gradient(z: Array) -> Array:
 
 
 def in_float32() -> None:
-    heading("6. What float32 makes of it")
+    heading("6. In float32")
     table = Table(
         "logits", "", "true value", "textbook", "error", "jax_sce", "error", box=SIMPLE_HEAD
     )  # fmt: skip
@@ -303,8 +307,8 @@ def in_float32() -> None:
                 f"{naive:.3e}", naive_error, f"{ours:.3e}", our_error,
             )  # fmt: skip
     say(
-        "Two classes, the first of them right. The textbook's loss is L - zₜ, and its gradient "
-        "oₜ - 1. The errors are relative, so that 1 means: no digit is right."
+        "Two classes, the first is right. The textbook's loss is L - zₜ, and its gradient oₜ - 1. "
+        "The errors are relative: at 1 no digit is right."
     )
     console.print(table)
 
@@ -338,42 +342,69 @@ def the_library() -> None:
 
 # -- the picture -----------------------------------------------------------------------------------
 
+CLASSES, ROWS = 1000, 100  # of the rows, the picture shows the largest error
+
+
+def naive(z: Array) -> Array:
+    return -jnp.log(jax.nn.softmax(z)[..., 0])
+
+
+def optax_loss(z: Array) -> Array:
+    labels = jnp.zeros(z.shape[:-1], int)
+    return optax.softmax_cross_entropy_with_integer_labels(z, labels)
+
+
+CURVES: dict[str, tuple[Callable[[Array], Array], str, str]] = {
+    "-log(softmax(z))": (naive, GREEN, "-"),
+    "optax": (optax_loss, VERMILION, "--"),
+    "jax_sce": (our_loss, BLUE, "-"),
+}
+
+
+def rows_of(doubt: np.ndarray) -> np.ndarray:
+    """Logits in float32 [points, ROWS, CLASSES] that give class 0 the probability 1 - doubt, or
+    about that: with exactly one doubt for all rows of a point, all would round alike."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 1, (doubt.size, ROWS, CLASSES))
+    doubts = doubt[:, None] * rng.uniform(0.8, 1, (doubt.size, ROWS))
+    z[..., 0] = np.log(np.exp(z[..., 1:]).sum(-1)) + np.log((1 - doubts) / doubts)
+    return z.astype(np.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_and_gradient(f: Callable[[Array], Array], z: Array) -> tuple[Array, Array]:
+    """The losses of label 0, and their derivatives by its logit."""
+    return f(z), jax.grad(lambda z: f(z).sum())(z)[..., 0]
+
 
 def draw(points: int, path: Path) -> None:
-    leads = np.linspace(0, 40, points, dtype=np.float32)
-    z = jnp.stack([jnp.asarray(leads), jnp.zeros_like(leads)], axis=-1)  # float32
-    true_losses, true_gradients = np.array([true_values(row) for row in np.asarray(z)]).T
-    panels = {
-        "Loss": (true_losses, naive_loss, our_loss, "L - z_t"),
-        "Gradient at the label's logit": (
-            true_gradients, naive_label_gradient, our_label_gradient, "o_t - 1"
-        ),
-    }  # fmt: skip
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, (title, (true, naive, ours, formula)) in zip(axes, panels.items(), strict=True):
-        for name, f, color, marker in (
-            (f"textbook: ${formula}$", naive, VERMILLION, "o"),
-            ("jax_sce", ours, BLUE, "."),
-        ):
-            error = np.abs(np.asarray(f(z), np.float64) / true - 1)
-            # Where the rounding happens to be perfect there is no logarithm: shown at the bottom.
-            axis.semilogy(leads, np.maximum(error, 1e-10), marker, color=color, label=name, ms=4)
-        axis.axhline(FLOAT32_EPS, color="black", linestyle=":", label="float32's resolution")
-        axis.set(title=title, xlabel="lead of the label's logit, $z_t - z_{other}$ (nats)")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend()
-    axes[0].set_ylabel("relative error (1 = every digit wrong)")
-    figure.savefig(path, dpi=150)
+    doubt = np.logspace(np.log10(0.5), -12, points)
+    z = rows_of(doubt)
+    exact = z.astype(np.float64)
+    others = np.exp(exact[..., 1:] - exact[..., :1]).sum(-1)
+    truth = np.log1p(others), -others / (1 + others)
+
+    figure = Figure(figsize=(7, 3.7), dpi=200, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for name, (f, color, style) in CURVES.items():
+        for axes, got, true in zip(panels, loss_and_gradient(f, z), truth, strict=True):
+            error = np.abs(np.asarray(got, np.float64) / true - 1).max(-1)
+            axes.loglog(doubt, error, style, color=color, linewidth=2.5, label=name)
+    for axes, title in zip(panels, ("Loss", "Gradient by the label's logit"), strict=True):
+        axes.axhline(FLOAT32_EPS, color="black", linestyle=":", label="float32 epsilon")
+        axes.text(2e-12, 1.7, "no digit is right", ha="right")
+        axes.set(title=title, xlim=(0.5, 1e-12), ylim=(1e-8, 10), xlabel="1 - p   (more certain →)")
+        common.tidy(axes)
+    panels[0].set_ylabel("largest relative error")
+    panels[1].legend(loc="center right")
+    figure.suptitle("Softmax cross-entropy in float32: error by the label's probability p")
+    figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer points in the picture")
-    output = Path(__file__).parent / "output"
-    parser.add_argument("--out", type=Path, default=output, help="for pictures")
+    parser = common.make_parser(__doc__, "draw fewer points")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    path = common.picture(parser, args, "accuracy", "quick")
 
     sections = [
         the_softmax,
@@ -384,10 +415,12 @@ def main() -> None:
         in_float32,
         the_library,
     ]
-    for section in track(sections, "deriving", console=console):
-        section()
-    draw(40 if args.quick else 200, args.out / "derivation.png")
-    say(f"Errors drawn to {args.out / 'derivation.png'}")
+    with common.progress_bar(console) as progress:
+        for section in progress.track(sections, description="deriving"):
+            section()
+    with console.status("Drawing the errors"):
+        draw(20 if args.quick else 60, path)
+    print(f"\nErrors drawn to {path}")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
-"""Teach a small language model by a larger one, with jax_sce's targets for distillation.
+"""Teaches a small language model by a larger one, with jax_sce's labels for distillation.
 
     pip install -e ".[examples]"
     python examples/distill.py
 
 The teacher is the transformer of `train_language_model.py`, trained on the Python standard library
-and cached. Three students, an eighth of its size, then start alike, see the same batches and call
-the same loss, `linear_softmax_cross_entropy`. They differ in its `labels` alone:
+and cached. Three students of an eighth of its size start from the same parameters, see the same
+batches and call the same loss, `linear_softmax_cross_entropy`. Only its `labels` differ:
 
-- hard labels: the tokens of the text, as the teacher learned from;
-- teacher: `Teacher(hidden, kernel)`, all that the teacher would say, and no logits of either model;
-- top 16: `Sparse(ids, values)`, the teacher's likeliest tokens, few enough to be stored.
+- hard labels: the tokens of the text, from which the teacher learned too;
+- teacher: `Teacher(hidden, kernel)`, the teacher's whole distribution, without the logits of
+  either model;
+- top 16: `Sparse(ids, values)`, the teacher's likeliest tokens, few enough to store.
 
-A table compares how well they predict held-out text and how far from the teacher they end, and
-`distill.png` draws the perplexity by step. A second table has the memory that the loss and its
-gradients take with `Teacher` and in plain JAX, which holds the logits of both models.
+A table compares how well the students predict held-out text and how far from the teacher they end,
+and `distill.png` draws the perplexity by step. A second table compares the memory of the loss and
+its gradients with `Teacher` and in plain JAX, which holds the logits of both models. Ctrl-C keeps
+the curves so far.
 
-Time: one to two minutes on two free CPU cores. The first run trains the teacher in half of that;
+Time: one to two minutes on two free CPU cores, of which the first run spends half on the teacher;
 later runs find it in the cache. `--quick` does all of it, much smaller, in half a minute.
 """
 
 from __future__ import annotations
 
-import argparse
+import common  # first, because of Ctrl-C
+
+# isort: split
 import dataclasses
 import hashlib
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -39,13 +42,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import train_language_model as language
+from common import BLUE, GREEN, VERMILION
 from flax import nnx
 from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
-from train_language_model import BLUE, GREEN, VERMILION, Config, Corpus, Transformer
+from train_language_model import Config, Corpus, History, Transformer
 
 from jax_sce import Sparse, Teacher, linear_softmax_cross_entropy
 
@@ -59,14 +63,15 @@ QUICK_STUDENT = dataclasses.replace(QUICK_TEACHER, width=32, depth=1, steps=60, 
 
 
 def load_teacher(config: Config, corpus: Corpus, seed: int, console: Console) -> Transformer:
-    """Returns the teacher, trained at the first call."""
-    # As with the corpus, the name of the cache tells all that it depends on.
+    """The teacher. The first call trains it."""
+    # As with the text, the name of the cache depends on all that the teacher depends on.
     text = hashlib.sha256(corpus.training.tobytes()).hexdigest()
     key = hashlib.sha256(repr((config, seed, text)).encode()).hexdigest()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_sce"
+    root = common.cache_folder()
     cache = root / f"teacher-{key[:16]}.npz"
 
-    teacher = Transformer(config, nnx.Rngs(seed))
+    with console.status("Making the teacher"):
+        teacher = Transformer(config, nnx.Rngs(seed))
     if cache.is_file():
         structure = jax.tree.structure(nnx.state(teacher, nnx.Param))
         with np.load(cache) as saved:
@@ -74,8 +79,10 @@ def load_teacher(config: Config, corpus: Corpus, seed: int, console: Console) ->
         nnx.update(teacher, jax.tree.unflatten(structure, leaves))
         return teacher
 
-    console.print("The teacher is trained, this once:")
-    language.train(teacher, corpus, language.fused_loss, config, seed, console)
+    common.check_cache()
+    console.print("The teacher learns, in the first run only:")
+    history = History([], {}, [])
+    language.train(teacher, corpus, language.fused_loss, config, seed, console, history)
     with tempfile.TemporaryDirectory(dir=root) as temporary:
         unfinished = Path(temporary) / "teacher.npz"
         np.savez(unfinished, *jax.tree.leaves(nnx.state(teacher, nnx.Param)))
@@ -84,7 +91,7 @@ def load_teacher(config: Config, corpus: Corpus, seed: int, console: Console) ->
 
 
 # --- the labels ----------------------------------------------------------------------------------
-# Windows [B, T + 1] give B x T examples: each token but the first is to be predicted.
+# Windows [B, T + 1] give B x T examples: all tokens but the first are labels.
 
 Labels = Array | Teacher | Sparse
 TOP = 16
@@ -100,11 +107,11 @@ def teacher_labels(teacher: Transformer, windows: Array) -> Labels:
 
 
 def top_labels(teacher: Transformer, windows: Array) -> Labels:
-    """The TOP likeliest tokens, and the rest of the probability on the token of the text.
+    """The TOP likeliest tokens; the token of the text gets the rest of the probability.
 
-    Without that rest a student learns that no other token ever comes, and ends at a perplexity of
-    625, far behind hard labels (why: arXiv:2503.16870). The token may be one of the TOP: the values
-    of a class that occurs twice add up.
+    Without the rest a student learns that other tokens never occur, and ends at a perplexity of
+    625, far behind hard labels (arXiv:2503.16870 explains why). The token of the text may be one of
+    the TOP: the values of a class that occurs twice add up.
     """
 
     def top(hidden: Array) -> tuple[Array, Array]:
@@ -159,12 +166,15 @@ def divergence(student: Transformer, teacher: Transformer, windows: Array) -> Ar
     return jax.lax.map(mean, windows).mean()
 
 
-class Student(NamedTuple):
-    """What is measured of one."""
+Perplexity = dict[int, float]  # of the held-out text, by the number of steps before it
 
-    perplexity: dict[int, float]  # of the held-out text, after that many steps
+
+class Student(NamedTuple):
+    """Measurements of one student."""
+
+    perplexity: Perplexity
     divergence: float  # from the teacher, at the end
-    milliseconds: float  # of a step, the teacher's part included
+    milliseconds: float  # of a step, including the teacher's part
 
 
 def teach(
@@ -174,18 +184,21 @@ def teach(
     config: Config,
     seed: int,
     console: Console,
+    perplexity: dict[str, Perplexity],
 ) -> dict[str, Student]:
-    students = {name: Transformer(config, nnx.Rngs(seed)) for name in LABELS}
-    optimizers = {name: language.make_optimizer(s, config) for name, s in students.items()}
-    perplexity: dict[str, dict[int, float]] = {name: {} for name in LABELS}
+    """Trains the students and fills the perplexities, which the caller has even after Ctrl-C."""
     seconds: dict[str, list[float]] = {name: [] for name in LABELS}
     draws = np.random.default_rng(seed)
-    with language.progress_bar(console) as progress:
-        task = progress.add_task("compiling", total=config.steps)
+    with common.progress_bar(console) as progress:
+        task = progress.add_task("making three students", total=config.steps)
+        students = {name: Transformer(config, nnx.Rngs(seed)) for name in LABELS}
+        optimizers = {name: language.make_optimizer(s, config) for name, s in students.items()}
         for step in range(1, config.steps + 1):
             batch = language.random_windows(corpus.training, draws, config)
-            # In turns, so that other work on the machine slows all of them alike.
+            # In turns, so that other work on the machine slows down all of them alike.
             for name, student in students.items():
+                if step == 1:
+                    progress.update(task, description=f"compiling the step with {name}")
                 start = time.perf_counter()
                 train_step(student, optimizers[name], teacher, batch, name).block_until_ready()
                 seconds[name].append(time.perf_counter() - start)
@@ -193,17 +206,20 @@ def teach(
                     loss = language.evaluate(student, held_out, language.fused_loss)
                     perplexity[name][step] = math.exp(loss)
             progress.update(task, advance=1)
+            if step == 1:
+                progress.update(task, description="training")
             if language.is_evaluated(step, config):
-                now = ", ".join(f"{name} {p[step]:,.0f}" for name, p in perplexity.items())
-                progress.update(task, description=f"validation perplexity\n{now}")
-    return {
-        name: Student(
-            perplexity[name],
-            float(divergence(student, teacher, held_out)),
-            1000 * statistics.median(seconds[name]),
-        )
-        for name, student in students.items()
-    }
+                now = ", ".join(f"{p[step]:,.0f}" for p in perplexity.values())
+                progress.update(task, description=f"{', '.join(LABELS)}:\nperplexity {now}")
+    with console.status("Computing the students' divergences from the teacher"):
+        return {
+            name: Student(
+                perplexity[name],
+                float(divergence(student, teacher, held_out)),
+                1000 * statistics.median(seconds[name]),
+            )
+            for name, student in students.items()
+        }
 
 
 # --- the memory ----------------------------------------------------------------------------------
@@ -228,7 +244,7 @@ def plain_divergence(hidden: Array, kernel: Array, of_teacher: Array, its_kernel
 
 
 def mebibytes(loss: Callable[..., Array], head: Head) -> float:
-    """The temporary memory of the compiled loss with the student's gradients. Nothing is run."""
+    """The temporary memory of the compiled loss and the student's gradients. Nothing is run."""
     shapes = [
         (head.tokens, head.student),
         (head.student, head.classes),
@@ -275,7 +291,8 @@ def show(students: dict[str, Student], teacher: float) -> Table:
     return table
 
 
-def draw(path: Path, students: dict[str, Student], teacher: float, config: Config) -> None:
+def draw(path: Path, perplexities: dict[str, Perplexity], teacher: float, config: Config) -> None:
+    """Draws the perplexity of each student by step, and the teacher's."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_yscale("log")
@@ -283,13 +300,13 @@ def draw(path: Path, students: dict[str, Student], teacher: float, config: Confi
     style = dict(textcoords="offset points", va="center")
     axes.annotate(f"the teacher itself: {teacher:,.0f}", (0, teacher), (4, 8), **style)
 
-    styles = dict(zip(students, ((VERMILION, "s"), (BLUE, "o"), (GREEN, "^")), strict=True))
+    styles = dict(zip(perplexities, ((VERMILION, "s"), (BLUE, "o"), (GREEN, "^")), strict=True))
     lowest_label = math.inf
-    for name, student in sorted(students.items(), key=lambda s: -s[1].perplexity[config.steps]):
+    for name in sorted(perplexities, key=lambda name: -list(perplexities[name].values())[-1]):
         color, marker = styles[name]
-        steps, perplexity = zip(*student.perplexity.items(), strict=True)
+        steps, perplexity = zip(*perplexities[name].items(), strict=True)
         axes.plot(steps, perplexity, color=color, marker=marker)
-        lowest_label = min(perplexity[-1], 0.94 * lowest_label)  # below the last one, not on it
+        lowest_label = min(perplexity[-1], 0.94 * lowest_label)  # below the last label, not on it
         label = f"{name}: {perplexity[-1]:,.0f}"
         axes.annotate(
             label, (steps[-1], lowest_label), (9, 0), color=color, weight="bold",
@@ -301,47 +318,57 @@ def draw(path: Path, students: dict[str, Student], teacher: float, config: Confi
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    common.tidy(axes)
     axes.set(
         title="One student, one text, three kinds of labels",
         xlabel=f"step, of {config.batch * config.context:,} tokens",
         ylabel="perplexity of held-out text, per token",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
+    parser = common.make_parser(__doc__, "much smaller models and text, for half a minute")
+    parser.add_argument(
+        "--seed",
+        type=common.seed,
+        default=0,
+        help="seed of the models and the batches (default: 0)",
+    )
     args = parser.parse_args()
+    path = common.picture(parser, args, "distill", "quick", "seed")
     console = Console()
 
     configs = (QUICK_TEACHER, QUICK_STUDENT) if args.quick else (TEACHER, STUDENT)
-    with console.status("Reading the standard library"):
+    with console.status("Reading the standard library; the first run encodes it"):
         corpus = language.load_corpus(configs[0])
-    # As in training: a short text can fill no large vocabulary.
+    # A short text can be too short for a large vocabulary.
     classes = corpus.tokenizer.get_vocab_size()
     large, small = (dataclasses.replace(config, vocabulary=classes) for config in configs)
     starts = language.held_out_starts(corpus.validation, small)
     held_out = language.windows_at(corpus.validation, starts, small)
 
     teacher = load_teacher(large, corpus, args.seed, console)
-    itself = math.exp(language.evaluate(teacher, held_out, language.fused_loss))
-    console.print("The students learn, side by side:")
-    # Another seed, so that their batches are not the teacher's again.
-    students = teach(teacher, corpus, held_out, small, args.seed + 1, console)
+    with console.status("Validating the teacher"):
+        itself = math.exp(language.evaluate(teacher, held_out, language.fused_loss))
+    console.print("The students learn, in turns:")
+    perplexity: dict[str, Perplexity] = {name: {} for name in LABELS}
+    try:
+        # Another seed, so that the students' batches are not the teacher's.
+        students = teach(teacher, corpus, held_out, small, args.seed + 1, console, perplexity)
+    except KeyboardInterrupt:
+        if not all(perplexity.values()):
+            raise
+        path = common.of_stopped(path)
+        draw(path, perplexity, itself, small)
+        raise KeyboardInterrupt(f"Stopped. The curves so far: {path}") from None
     console.print(show(students, itself))
     here = Head(small.batch * small.context, small.width, large.width, classes)
-    with console.status("Compiling the divergence"):
+    with console.status("Compiling the divergence, to read its memory"):
         memory = show_memory([here, Head(8192, 1024, 4096, 131072)])
     console.print(memory)
-    path = args.out / "distill.png"
-    draw(path, students, itself, small)
-    console.print(f"Drawn to {path}")
+    draw(path, perplexity, itself, small)
+    print(f"Drawn to {path}")
 
 
 if __name__ == "__main__":

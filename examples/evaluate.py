@@ -3,23 +3,26 @@
     python examples/evaluate.py [--quick] [--out FOLDER]
 
 The digits: eight seeds of the network of `train_digits.py` are trained together under `jax.vmap`,
-on a quarter of the digits only, so that there are mistakes to look at. One jitted call then gives
-the loss of each class, the accuracy and the calibration of each model, and of the ensemble that
-averages their probabilities: `jax.vmap` over models, and within it over classes.
+on only a quarter of the digits, so that there are mistakes to look at. One jitted call, `jax.vmap`
+over the models and inside it over the classes, then returns the loss of each class, the accuracy
+and the calibration of each model and of the ensemble that averages their probabilities.
 
-The language model: a small one of `train_language_model.py`, trained briefly. The fused head gives
-the loss of each held-out token, the rank of the true token, the model's prediction and the
-log-normalizer, hence the perplexity, top-1 and top-5 accuracy and confidence on each held-out file,
-and the logits of the text never exist.
+The language model: a small one of `train_language_model.py`, trained briefly. The fused head
+returns the loss of each held-out token, the rank of the true token, the model's prediction and the
+log-normalizer. They give the perplexity, the top-1 and top-5 accuracy and the confidence on each
+held-out file, and the logits of the text never exist.
 
-Time: one to two minutes on two CPU cores, the first run half a minute more to encode the text;
-`--quick` does all of it, much smaller, in less than a minute.
+Time: one to two minutes on two CPU cores, and half a minute more in the first run, which encodes
+the text; `--quick` does all of it, much smaller, in less than a minute.
 
-Draws `evaluate.png`: loss by class, reliability diagram, and the digits that are hardest to read;
-and `evaluate_language_model.png`: the hardest and easiest files, and the reliability of the tokens.
+Draws `evaluate.png`: the loss by class, the reliability diagram and the digits that are hardest to
+read; and `evaluate_language_model.png`: the hardest and the easiest files, and the reliability of
+the tokens.
 """
 
-import argparse
+import common  # first, because of Ctrl-C
+
+# isort: split
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -27,40 +30,40 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import train_language_model as language
+from common import BLUE, ORANGE
 from flax import nnx
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from train_digits import BLUE, ORANGE, Digits, Params, init, load, predict, train_epoch
+from train_digits import Digits, Params, init, load, predict, train_epoch
 
 from jax_sce import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
 # --- the digits ----------------------------------------------------------------------------------
 
 CLASSES = 10
-BINS = 10  # of confidence, equally wide
-HARDEST = 10  # digits to show
+BINS = 10  # intervals of confidence, equally wide
+HARDEST = 10  # the number of digits to show
 
 
 class Report(NamedTuple):
-    """What is measured of one model; with a leading axis, of several."""
+    """Measurements of one model, or of several with a leading axis."""
 
     losses: Array  # [N]
     class_loss: Array  # [CLASSES], mean loss of the digits of each class
     prediction: Array  # [N]
     accuracy: Array  # []
-    bin_count: Array  # [BINS], the digits read with that confidence
+    bin_count: Array  # [BINS], number of digits read with that confidence
     bin_confidence: Array  # [BINS], sum of their confidences
-    bin_correct: Array  # [BINS], how many of them were read right
-    calibration_error: Array  # [], expected over the bins
+    bin_correct: Array  # [BINS], number of them that were read right
+    calibration_error: Array  # [], mean over the bins, by their counts
 
 
 def measure(logits: Array, labels: Array) -> Report:
-    """Logits [N, V] and labels [N] of one model."""
+    """The report on one model, from its logits [N, V] and the labels [N]."""
 
     def class_loss(label: Array) -> Array:
         return softmax_cross_entropy_with_integer_labels(
@@ -87,21 +90,25 @@ def measure(logits: Array, labels: Array) -> Report:
 
 @jax.jit
 def evaluate(params: Params, digits: Digits) -> Report:
-    """Reports on M models with stacked parameters, and last on their ensemble: [M + 1, ...]."""
+    """Reports on M models with stacked parameters, and on their ensemble: [M + 1, ...]."""
     logits = jax.vmap(predict, (0, None))(params, digits.images)
-    # Log-probabilities are logits too; the mean's 1 / M is a constant, to which a softmax is blind.
+    # Log-probabilities are logits too. The mean's 1 / M adds a constant, which softmax ignores.
     ensemble = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0, keepdims=True)
     return jax.vmap(measure, (0, None))(jnp.concatenate([logits, ensemble]), digits.labels)
 
 
-def train(models: int, epochs: int, digits: Digits) -> Params:
-    """Trains that many seeds side by side; their parameters come back stacked."""
+def train(models: int, epochs: int, digits: Digits, console: Console) -> Params:
+    """Trains as many models together, each from its own seed; returns their stacked parameters."""
     start, shuffle = jax.random.split(jax.random.key(0))
     states = jax.vmap(init)(jax.random.split(start, models))
     one_epoch = partial(train_epoch, softmax_cross_entropy_with_integer_labels)
     epoch = jax.jit(jax.vmap(one_epoch, in_axes=(0, 0, None)))
-    for keys in track(jax.random.split(shuffle, (epochs, models)), f"training {models} models"):
-        states, _ = epoch(states, keys, digits)
+    with common.progress_bar(console) as progress:
+        task = progress.add_task(f"{models} models: compiling", total=epochs)
+        for keys in jax.random.split(shuffle, (epochs, models)):
+            states, losses = epoch(states, keys, digits)
+            loss = f"{models} models: mean loss {losses.mean():.1e}"
+            progress.update(task, advance=1, description=loss)
     return states.params
 
 
@@ -123,7 +130,7 @@ def show(report: Report) -> Table:
 
 def draw(report: Report, digits: Digits, path: Path) -> None:
     models, ensemble = (Report(*(x[part] for x in report)) for part in (slice(-1), -1))
-    figure = plt.figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), dpi=150, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1])
     by_class, reliability = top.subplots(1, 2)
 
@@ -141,7 +148,7 @@ def draw(report: Report, digits: Digits, path: Path) -> None:
         ("one model", average, ORANGE, "s"),
         ("ensemble", ensemble, BLUE, "o"),
     ):
-        used = model.bin_count >= 10  # of fewer digits, a share says nothing
+        used = model.bin_count >= 10  # with fewer digits, a share means little
         count, confidence, correct = (
             x[used] for x in (model.bin_count, model.bin_confidence, model.bin_correct)
         )
@@ -149,7 +156,7 @@ def draw(report: Report, digits: Digits, path: Path) -> None:
         reliability.errorbar(
             100 * confidence / count, 100 * share, 100 * np.sqrt(share * (1 - share) / count),
             color=color, marker=marker, capsize=3,
-            label=f"{name}, {model.calibration_error:.1%} from it on average",
+            label=f"{name}, {model.calibration_error:.1%} away on average",
         )  # fmt: skip
     reliability.axline((50, 50), slope=1, color="black", linestyle=":", label="calibration")
     reliability.set(
@@ -158,53 +165,52 @@ def draw(report: Report, digits: Digits, path: Path) -> None:
     )  # fmt: skip
     for axis in (by_class, reliability):
         axis.legend()
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        common.tidy(axis)
 
-    bottom.suptitle("Hardest for the ensemble: what it is, as what it was read, loss in nats")
+    bottom.suptitle("Hardest for the ensemble: true digit, digit that was read, loss in nats")
     hardest = np.argsort(-ensemble.losses)[:HARDEST]
     for axis, i in zip(bottom.subplots(1, HARDEST), hardest, strict=True):
         axis.imshow(digits.images[i].reshape(8, 8), cmap="gray_r")
         axis.set_title(f"{digits.labels[i]} as {ensemble.prediction[i]}", fontsize=10)
         axis.set_xlabel(f"{ensemble.losses[i]:.1f}")
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 # --- the language model --------------------------------------------------------------------------
 
 TEXT = language.Config(vocabulary=2048, width=64, depth=2, steps=100, evaluations=4)
 QUICK_TEXT = dataclasses.replace(TEXT, vocabulary=512, files=200, depth=1, steps=30, evaluations=1)
-IGNORED = -100  # as a label: the padding after the end of a file
-LEAST = 100  # tokens of a file; of fewer, a mean says little
-EXTREMES = 5  # of the hardest files, and as many of the easiest
+IGNORED = -100  # the label of the padding after the end of a file
+LEAST = 100  # tokens in a file; with fewer, a mean says little
+EXTREMES = 5  # the number of hardest files to show, and of easiest ones
 
 
 class TokenReport(NamedTuple):
-    """What is measured of each held-out token."""
+    """Measurements of each held-out token."""
 
     loss: np.ndarray  # [N], float
-    rank: np.ndarray  # [N], int, how many tokens the model thought likelier
-    confidence: np.ndarray  # [N], the probability that the model gave its prediction
+    rank: np.ndarray  # [N], int, the number of tokens that the model thought likelier
+    confidence: np.ndarray  # [N], the probability that the model gave to its prediction
 
     def top(self, k: int) -> float:
-        """The share of tokens among the model's first k guesses."""
+        """The share of tokens that are among the model's first k guesses."""
         return (self.rank < k).mean()
 
 
 @nnx.jit
 def measure_tokens(model: language.Transformer, windows: Array) -> TokenReport:
-    """Windows [batches, B, T + 1] of tokens; every field comes back as [batches, B, T]."""
+    """Reports on windows [batches, B, T + 1] of tokens; each field is [batches, B, T]."""
 
     def measure_batch(batch: Array) -> TokenReport:
         labels = batch[:, 1:]
-        # Padding is read as token 0; it comes last, and no token sees one that comes after it.
+        # The model reads padding as token 0. It comes last, and no token sees a later one.
         hidden = model.hidden(jnp.maximum(batch[:, :-1], 0))
         embedding = model.embedding.embedding[...]
         loss, aux = linear_softmax_cross_entropy(
             hidden, embedding.T, labels, ignore_index=IGNORED, reduction="none", return_aux=True
         )
-        # One logit for each token, that of the prediction, is all that its probability needs.
+        # The probability of the prediction needs only its own logit.
         logit = (hidden * embedding[aux.prediction]).sum(-1)
         return TokenReport(loss, aux.rank, jnp.exp(logit - aux.log_normalizer))
 
@@ -214,7 +220,7 @@ def measure_tokens(model: language.Transformer, windows: Array) -> TokenReport:
 def measure_files(
     model: language.Transformer, corpus: language.Corpus, config: language.Config
 ) -> dict[str, TokenReport]:
-    """Reports on every token of each held-out file, with the model's context or less before it."""
+    """Reports on every token of each held-out file. A token sees at most the model's context."""
     starts = np.flatnonzero(corpus.validation == corpus.tokenizer.token_to_id(language.END_OF_FILE))
     files = np.split(corpus.validation, starts[1:])
     windows = np.concatenate([file_windows(tokens, config) for tokens in files])
@@ -231,7 +237,7 @@ def measure_files(
 
 
 def file_windows(tokens: np.ndarray, config: language.Config) -> np.ndarray:
-    """Windows [count, T + 1], padded, in which each token but the first is a label once."""
+    """Padded windows [count, T + 1], in which each token but the file's first is a label once."""
     count = -(-(len(tokens) - 1) // config.context)
     padded = np.full(count * config.context + 1, IGNORED, np.int32)
     padded[: len(tokens)] = tokens
@@ -241,7 +247,7 @@ def file_windows(tokens: np.ndarray, config: language.Config) -> np.ndarray:
 def hardest_and_easiest(
     files: dict[str, TokenReport],
 ) -> tuple[dict[str, TokenReport], dict[str, TokenReport]]:
-    """The hardest and the easiest files by the loss of a token, each sorted, hardest first."""
+    """The files with the largest and the smallest loss per token, each with the hardest first."""
     long = [name for name, report in files.items() if report.loss.size >= LEAST]
     ranked = sorted(long, key=lambda name: -files[name].loss.mean())
     extremes = min(EXTREMES, len(ranked) // 2)
@@ -273,7 +279,8 @@ def show_files(files: dict[str, TokenReport]) -> Table:
 
 
 def draw_files(files: dict[str, TokenReport], path: Path) -> None:
-    figure, (by_file, reliability) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    by_file, reliability = figure.subplots(1, 2)
     tokens = all_tokens(files)
 
     styles = (("hardest", ORANGE, "s"), ("easiest", BLUE, "o"))
@@ -290,14 +297,14 @@ def draw_files(files: dict[str, TokenReport], path: Path) -> None:
     by_file.margins(x=0.25)  # room for the figures
     by_file.set(title="Held-out files: top-1, top-5 accuracy", xlabel="loss (nats per token)")
 
-    # As many tokens in each bin: a model that is rarely sure has few of them at high confidence.
+    # The same number of tokens in each bin, because the model is confident about few of them.
     bins = np.array_split(np.argsort(tokens.confidence), BINS)
     confidence = np.array([tokens.confidence[i].mean() for i in bins])
     share = np.array([(tokens.rank[i] == 0).mean() for i in bins])
     error = np.sqrt(share * (1 - share) / [len(i) for i in bins])
     reliability.errorbar(
         100 * confidence, 100 * share, 100 * error, color=BLUE, marker="o", capsize=3,
-        label=f"the model, {np.abs(confidence - share).mean():.1%} from it on average",
+        label=f"the model, {np.abs(confidence - share).mean():.1%} away on average",
     )  # fmt: skip
     reliability.axline((0, 0), slope=1, color="black", linestyle=":", label="calibration")
     top = 110 * max(confidence.max(), share.max())
@@ -307,46 +314,48 @@ def draw_files(files: dict[str, TokenReport], path: Path) -> None:
     )  # fmt: skip
     for axis in (by_file, reliability):
         axis.legend()
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        common.tidy(axis)
+    figure.savefig(path)
 
 
 def evaluate_language_model(config: language.Config, console: Console, path: Path) -> None:
-    with console.status("Reading the standard library"):
+    with console.status("Reading the standard library; the first run encodes it"):
         corpus = language.load_corpus(config)
-    # As in training: a short text can fill no large vocabulary.
+    # A short text can be too short for a large vocabulary.
     config = dataclasses.replace(config, vocabulary=corpus.tokenizer.get_vocab_size())
-    model = language.Transformer(config, nnx.Rngs(0))
-    language.train(model, corpus, language.LOSSES["fused"], config, 0, console)
-    files = measure_files(model, corpus, config)
+    with console.status("Making the language model"):
+        model = language.Transformer(config, nnx.Rngs(0))
+    history = language.History([], {}, [])
+    language.train(model, corpus, language.fused_loss, config, 0, console, history)
+    with console.status("Compiling the report, and measuring the held-out files"):
+        files = measure_files(model, corpus, config)
     console.print(show_files(files))
     draw_files(files, path)
-    console.print(f"Drawn to {path}")
+    print(f"Drawn to {path}")
 
 
 # --- both ----------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
-    output = Path(__file__).parent / "output"
-    parser.add_argument("--out", type=Path, default=output, help="for pictures")
+    parser = common.make_parser(
+        __doc__, "2 models and 3 epochs, not 8 and 100, and a much smaller language model"
+    )
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    of_digits = common.picture(parser, args, "evaluate", "quick")
+    of_text = common.picture(parser, args, "evaluate_language_model", "quick")
 
+    console = Console()
     digits, test = load(test_size=0.75)
     models, epochs = (2, 3) if args.quick else (8, 100)
-    params = train(models, epochs, digits)
-    report = jax.device_get(evaluate(params, test))
-    console = Console()
+    params = train(models, epochs, digits, console)
+    with console.status("Compiling the report on the digits"):
+        report = jax.device_get(evaluate(params, test))
     console.print(show(report))
-    draw(report, jax.device_get(test), args.out / "evaluate.png")
-    console.print(f"Drawn to {args.out / 'evaluate.png'}")
+    draw(report, jax.device_get(test), of_digits)
+    print(f"Drawn to {of_digits}")
 
-    text = QUICK_TEXT if args.quick else TEXT
-    evaluate_language_model(text, console, args.out / "evaluate_language_model.png")
+    evaluate_language_model(QUICK_TEXT if args.quick else TEXT, console, of_text)
 
 
 if __name__ == "__main__":

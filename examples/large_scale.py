@@ -1,17 +1,22 @@
-"""What a fused head costs each of 256 and of 4096 chips: formulas, checked against compiled programs.
+"""What a fused head costs each of 256 and of 4096 chips: formulas and compiled programs.
 
     python examples/large_scale.py [--quick]
 
-A head of 8192 features and 262,144 classes, a million tokens a step, in bfloat16, split by examples, by
-classes, and by both. For each split the loss and its gradients are compiled, not run, and what a device
-holds and what crosses its links are read from the program. Formulas predict both, and the script exits
-with an error if a program exceeds them by more than 1 %. `large_scale.md` says which split to choose.
+A head of 8192 features and 262,144 classes takes a million tokens a step in bfloat16, and is split by
+examples, by classes, and by both. For each split the loss and its gradients are compiled, not run.
+The compiled program says how many bytes a device holds and how many cross its links. Formulas
+predict both numbers, and the script fails if a program needs over 1 % more. `large_scale.md` says
+which split to choose.
 
-Compiles for TPU v5p: needs XLA's compiler for TPU, `pip install "jax[tpu]"`, and no TPU. Two to three
-minutes on two CPU cores; writes its table into `large_scale.md`. `--quick` compiles a smaller head, in
-float32, for eight virtual CPU devices in seconds, and writes nothing.
+The programs are for TPU v5p, which needs XLA's compiler for TPU, `pip install "jax[tpu]"`, but no TPU.
+Time: two to three minutes on two CPU cores. The script writes its table into `large_scale.md`.
+`--quick` compiles a smaller head, in float32, for eight virtual CPU devices: it takes seconds and
+writes nothing. Ctrl-C prints the table so far.
 """
 
+import common  # first, because of Ctrl-C
+
+# isort: split
 import argparse
 import dataclasses
 import importlib.util
@@ -41,8 +46,8 @@ from jax_sce.testing import collectives
 
 PAGE = Path(__file__).with_suffix(".md")
 MARGIN = 0.01
-# Of a TPU v5p in a second, by Google Cloud's documentation: operations in bfloat16, and bytes sent
-# (half of the 1200 GB that its links carry in both directions).
+# A TPU v5p's operations in bfloat16 and bytes sent per second, by Google Cloud's documentation (its
+# links carry 1200 GB in both directions together).
 FLOPS, LINKS = 459e12, 600e9
 
 # --- on paper --------------------------------------------------------------------------------------
@@ -54,38 +59,38 @@ class Step:
     features: int = 8192  # D
     classes: int = 2**18  # V
     dtype: str = "bfloat16"
-    chunk: int = 1024  # c, the examples of which the logits exist at once
+    chunk: int = 1024  # c, the number of examples whose logits exist at once
 
 
 class Split(NamedTuple):
-    batch: int  # a, the devices over which the examples are split
-    classes: int  # b, those of the classes
-    fsdp: bool = False  # whether the kernel lives split over the batch's devices too
+    batch: int  # a, the number of devices over which the examples are split
+    classes: int  # b, the same for the classes
+    fsdp: bool = False  # the kernel is stored split over the batch's devices too
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.classes}" + (", FSDP" if self.fsdp else "")
 
 
 class Bytes(NamedTuple):
-    """Of each device."""
+    """The bytes of each device."""
 
-    held: int  # at most at once: arguments, results and what lies between
+    held: int  # the most at any time: arguments, results and temporary arrays
     moved: int  # sent in a step
 
 
 def predict(step: Step, split: Split) -> Bytes:
     n, v, d = step.tokens // split.batch, step.classes // split.classes, step.features
     c, s = min(step.chunk, n), jnp.dtype(step.dtype).itemsize
-    hidden, kernel = s * n * d, s * d * v  # and as much for their gradients
+    hidden, kernel = s * n * d, s * d * v  # their gradients have the same size
     home = kernel // split.batch if split.fsdp else kernel
     arguments, results = hidden + home + 4 * n, hidden + home
 
-    sums = hidden + 4 * d * v  # the gradients while they are computed, the kernel's in float32
+    sums = hidden + 4 * d * v  # the gradients during the loop, the kernel's in float32
     in_loop = 4 * c * v + 2 * s * c * d + (kernel if split.fsdp else 0)
     to_send = max(hidden, kernel)  # after the loop
     held = arguments + results + sums + max(in_loop, to_send)
 
-    moved = 0  # n devices send at most 2 B to sum B bytes each, and B to gather or scatter B in all
+    moved = 0  # a device sends at most 2 B to sum B bytes, and B to gather or scatter B bytes
     if split.classes > 1:
         statistics = 16 * n  # the maximum, the tail, its leaders and the label, in float32
         moved += 2 * (statistics + hidden)
@@ -98,7 +103,8 @@ def predict(step: Step, split: Split) -> Bytes:
 
 
 def compile_for(step: Step, split: Split, devices: np.ndarray) -> Bytes:
-    """A mesh of explicit axes, for then a kernel's layout is known and its gradient is reduced to it."""
+    """Compiles the step. The mesh axes are explicit: then JAX knows the kernel's sharding, and sums
+    its gradient directly into it."""
     axes = {axis: size for axis, size in zip(("data", "model"), split[:2], strict=True) if size > 1}
     batch, classes = (axis if axis in axes else None for axis in ("data", "model"))
     shape, names = tuple(axes.values()), tuple(axes)
@@ -121,7 +127,7 @@ def compile_for(step: Step, split: Split, devices: np.ndarray) -> Bytes:
     memory = compiled.memory_analysis()
     if devices[0].platform == "tpu":
         held = memory.peak_memory_in_bytes
-    else:  # where the peak leaves out what lies between
+    else:  # the CPU's peak does not count temporary arrays
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         held += memory.temp_size_in_bytes
     chunks = -(-n // split.batch // step.chunk)
@@ -147,7 +153,7 @@ class Row(NamedTuple):
         return all(got <= (1 + MARGIN) * want for got, want in pairs)
 
     def cells(self) -> list[str]:
-        """As in `HEADINGS`: GB, and the least time that the arithmetic and the links take."""
+        """For `HEADINGS`: GB, and the least time that the products and the links take."""
         devices = self.split.batch * self.split.classes
         products = 6 * self.step.tokens * self.step.features * self.step.classes / devices
         (held, moved), (held_, moved_) = self.predicted, self.compiled
@@ -181,33 +187,54 @@ def runs(quick: bool) -> list[tuple[Step, Split, np.ndarray]]:
           (Split(256, 1), Split(1, 256), Split(32, 8), Split(32, 8, fsdp=True))),
         *((step, split, many) for split in
           (Split(4096, 1), Split(1, 4096), Split(128, 32), Split(128, 32, fsdp=True))),
-        *((larger, Split(128, 32, fsdp), many) for fsdp in (False, True)),  # as on 32 x 8
+        # A device has as many tokens and classes as on 32 x 8.
+        *((larger, Split(128, 32, fsdp), many) for fsdp in (False, True)),
     ]  # fmt: skip
+
+
+def show(rows: list[Row]) -> Table:
+    """The table without its last columns, the times of a TPU, which are only on the page."""
+    table = Table(*HEADINGS[:-2], title="GB on each device", padding=0)
+    for row in rows:
+        table.add_row(*row.cells()[:-2], style=None if row.is_within else "red")
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="on eight virtual CPU devices")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="compile a smaller head for eight virtual CPU devices, in seconds, and leave "
+        "large_scale.md as it is",
+    )  # fmt: skip
     quick = parser.parse_args().quick
-    if not quick and importlib.util.find_spec("libtpu") is None:
-        sys.exit('needs XLA\'s compiler for TPU: pip install "jax[tpu]"')
+    if not quick:
+        if importlib.util.find_spec("libtpu") is None:
+            sys.exit('large_scale.py needs XLA\'s compiler for TPU: pip install "jax[tpu]"')
+        common.check_folder("examples/", PAGE.parent)
     console, rows = Console(highlight=False), []
-    with console.status("compiling"):
-        for step, split, devices in runs(quick):
-            compiled = compile_for(step, split, devices)
-            rows.append(Row(step, split, predict(step, split), compiled))
+    try:
+        with common.progress_bar(console) as progress:
+            task = progress.add_task("describing the chips", total=None)
+            cases = runs(quick)
+            for step, split, devices in cases:
+                progress.update(task, description=f"compiling for {split}", total=len(cases))
+                compiled = compile_for(step, split, devices)
+                rows.append(Row(step, split, predict(step, split), compiled))
+                progress.advance(task)
+    except KeyboardInterrupt:
+        console.print(show(rows))
+        kept = f"Stopped after {len(rows)} programs. {PAGE.name} was not changed."
+        raise KeyboardInterrupt(kept) from None
 
-    columns = len(HEADINGS) - 2 * quick  # the rates are not those of a CPU
-    table = Table(*HEADINGS[:columns], title="GB on each device")
-    for row in rows:
-        table.add_row(*row.cells()[:columns], style=None if row.is_within else "red")
-    console.print(table)
+    console.print(show(rows))
     if not quick:
         lines = [HEADINGS, ["--:"] * len(HEADINGS), *(row.cells() for row in rows)]
         prose, mark, _ = PAGE.read_text().partition("<!-- python examples/large_scale.py -->\n")
         made = f"JAX {jax.__version__}, libtpu {version('libtpu')}.\n\n"
         figures = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         PAGE.write_text(prose + mark + made + figures)
+        print(f"Written to {PAGE}, with the times")
     if beyond := [str(row.split) for row in rows if not row.is_within]:
         sys.exit(f"more than predicted: {'; '.join(beyond)}")
 

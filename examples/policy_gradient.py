@@ -1,26 +1,28 @@
-"""Teach a transformer to sort by reward alone, with jax_sce as its policy gradient.
+"""Teaches a transformer to sort by reward alone, with jax_sce as its policy gradient.
 
     pip install -e ".[examples]"
     python examples/policy_gradient.py
 
-The prompt is five digits; the model must write the different ones among them in rising order and
-stop: `72527>257`. It never sees an answer. A program rewards what it writes by the share of right
-characters, and REINFORCE with a group baseline (GRPO's advantage) does the rest: several answers to
-each prompt, each reinforced by how far its reward is above the mean of its group.
+The prompt is five digits. The model must write each digit that occurs once, in rising order, and
+stop: `72527>257`. It never sees an answer. A program rewards what the model writes by the share of
+right characters, and REINFORCE with a group baseline (GRPO's advantage) trains it: the model writes
+several answers to each prompt, and each answer is reinforced by its reward minus the group's mean.
 
-The fused head gives all that the update needs of the policy, without logits: minus the loss is the
-log-probability of each written token, at the `temperature` it was drawn at; `ignore_index` leaves
-out the prompt and what follows the end; and `aux.entropy`, differentiated exactly, is the bonus
-that keeps the model trying.
+The fused head returns all that the update needs, without logits. Minus the loss is the
+log-probability of each written token, at the `temperature` it was drawn at. `ignore_index` leaves
+out the prompt and the tokens after the end. `aux.entropy`, differentiated exactly, is the bonus
+that keeps the model exploring.
 
 Time: about a minute on two CPU cores; `--quick` takes fewer steps, about 20 seconds.
 
-Draws `policy_gradient.png`: reward and entropy by step.
+Draws `policy_gradient.png`: reward and entropy by step. Ctrl-C keeps the curves so far.
 """
 
 from __future__ import annotations
 
-import argparse
+import common  # first, because of Ctrl-C
+
+# isort: split
 import dataclasses
 import time
 from functools import partial
@@ -29,25 +31,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import train_language_model as language
+from common import BLUE, VERMILION
 from flax import nnx
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from train_language_model import BLUE, VERMILION
 
 from jax_sce import linear_softmax_cross_entropy
 
-DIGITS = 5  # of a prompt
-END, START = 10, 11  # tokens: the digits are themselves, START ends the prompt and END the answer
+DIGITS = 5  # in a prompt
 SYMBOLS = "0123456789.>"
-PROMPTS, GROUP = 32, 16  # for each step, and the answers to each prompt
-TEMPERATURE = 0.8  # of sampling, and so of the loss
-ENTROPY_BONUS = 0.1  # with little, the model soon repeats its mistakes with certainty
-IGNORED = -100  # as a label
-TESTS = 512  # prompts
+END, START = 10, 11  # the tokens that end the answer and that start it; a digit is its own token
+PROMPTS, GROUP = 32, 16  # prompts in a step, and answers to each
+TEMPERATURE = 0.8  # of the sampling, and therefore of the loss
+ENTROPY_BONUS = 0.1  # with a smaller one, the model soon repeats its mistakes with certainty
+IGNORED = -100  # the label of tokens that do not count
+TESTS = 512  # prompts in the test
 
 CONFIG = language.Config(vocabulary=len(SYMBOLS), width=64, depth=1, steps=400, learning_rate=2e-3)
 QUICK = dataclasses.replace(CONFIG, steps=100)
@@ -63,20 +65,20 @@ def prompts(key: Array, count: int) -> Array:  # [B, P]
 
 
 def solve(prompt: Array) -> Array:
-    """The right answers [B, A] to prompts [B, P], filled up with END."""
+    """The right answers [B, A] to prompts [B, P], padded with END."""
     digits = jnp.arange(10)
     present = (prompt[:, :DIGITS, None] == digits).any(1)
     return jnp.sort(jnp.where(present, digits, END))[:, : DIGITS + 1]
 
 
 def up_to_end(answer: Array) -> Array:
-    """Whether each token [B, A] comes before the first END or is it."""
+    """The mask of tokens [B, A] up to the first END, inclusive."""
     ends = answer == END
     return ends.cumsum(-1) - ends == 0
 
 
 def reward(prompt: Array, answer: Array) -> Array:
-    """The share of right characters, END included: [B]."""
+    """The share of right characters, including END: [B]."""
     solution = solve(prompt)
     written, wanted = up_to_end(answer), up_to_end(solution)
     right = (answer == solution) & written & wanted
@@ -102,7 +104,7 @@ def write(model: language.Transformer, prompt: Array, key: Array) -> Array:
 def policy_loss(
     model: language.Transformer, prompt: Array, answer: Array, advantage: Array
 ) -> tuple[Array, Array]:
-    """The loss whose gradient is the policy's, and the mean entropy of a token."""
+    """The loss whose gradient is the policy gradient, and the mean entropy of a token."""
     tokens = jnp.concatenate([prompt, answer], axis=1)
     labels = jnp.where(up_to_end(answer), answer, IGNORED)
     labels = jnp.pad(labels, ((0, 0), (prompt.shape[1] - 1, 0)), constant_values=IGNORED)
@@ -122,22 +124,22 @@ def policy_loss(
 
 
 class Measured(NamedTuple):
-    """What is measured of the answers of one step; with a leading axis, of several."""
+    """Measurements of the answers of one step, or of several with a leading axis."""
 
     reward: Array  # [], mean
     exact: Array  # [], the share of answers without a mistake
-    entropy: Array  # [], of a token, in nats
+    entropy: Array  # [], mean over the tokens, in nats
 
 
 @partial(nnx.jit, donate_argnames=("model", "optimizer"))
 def train_step(model: language.Transformer, optimizer: nnx.Optimizer, key: Array) -> Measured:
-    """One update from fresh answers to fresh prompts; measures the model before it."""
+    """One update from new answers to new prompts; measures the model before the update."""
     prompt_key, answer_key = jax.random.split(key)
     prompt = jnp.repeat(prompts(prompt_key, PROMPTS), GROUP, axis=0)
     answer = write(model, prompt, answer_key)
     rewards = reward(prompt, answer).reshape(PROMPTS, GROUP)
     advantage = rewards - rewards.mean(1, keepdims=True)
-    advantage /= rewards.std(1, keepdims=True) + 1e-4  # a group of equal rewards teaches nothing
+    advantage /= rewards.std(1, keepdims=True) + 1e-4  # 0 in a group of equal rewards
     gradient_fn = nnx.value_and_grad(policy_loss, has_aux=True)
     (_, entropy), gradient = gradient_fn(model, prompt, answer, advantage.ravel())
     optimizer.update(model, gradient)
@@ -145,19 +147,21 @@ def train_step(model: language.Transformer, optimizer: nnx.Optimizer, key: Array
 
 
 def train(
-    model: language.Transformer, config: language.Config, key: Array, console: Console
-) -> Measured:
-    """Returns what was measured at each step: [steps]."""
-    optimizer = language.make_optimizer(model, config)
-    history: list[Measured] = []
-    with language.progress_bar(console) as progress:
-        task = progress.add_task("compiling", total=config.steps)
+    model: language.Transformer,
+    config: language.Config,
+    key: Array,
+    console: Console,
+    history: list[Measured],
+) -> None:
+    """Trains the model and fills the history, which the caller has even after Ctrl-C."""
+    with common.progress_bar(console) as progress:
+        task = progress.add_task("compiling the training step", total=config.steps)
+        optimizer = language.make_optimizer(model, config)
         for step_key in jax.random.split(key, config.steps):
             history.append(jax.device_get(train_step(model, optimizer, step_key)))
             mean = Measured(*np.mean(history[-20:], axis=0))
             description = f"reward {mean.reward:.3f}, entropy {mean.entropy:.3f}"
             progress.update(task, advance=1, description=description)
-    return Measured(*np.array(history).T)
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -176,9 +180,11 @@ def show(prompt: Array, before: Array, after: Array) -> Table:
     return table
 
 
-def draw(history: Measured, path: Path) -> None:
-    figure, (rewards, entropy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    window = 20
+def draw(path: Path, history: Measured) -> None:
+    """Draws what was measured at each step, [steps], and its mean over 20 steps."""
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    rewards, entropy = figure.subplots(1, 2)
+    window = min(20, len(history.reward))
     for axes, values, color, label in (
         (rewards, history.reward, BLUE, "reward"),
         (rewards, history.exact, VERMILION, "answers without a mistake"),
@@ -195,35 +201,44 @@ def draw(history: Measured, path: Path) -> None:
     entropy.set_ylim(bottom=0)
     for axes in (rewards, entropy):
         axes.legend(loc="best")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        common.tidy(axes)
     figure.suptitle(f"Sorting {DIGITS} digits, learned by reward alone")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
+    parser = common.make_parser(__doc__, f"{QUICK.steps} steps, not {CONFIG.steps}")
+    parser.add_argument(
+        "--seed", type=common.seed, default=0, help="seed of the model and the prompts (default: 0)"
+    )
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    path = common.picture(parser, args, "policy_gradient", "quick", "seed")
 
     config = QUICK if args.quick else CONFIG
     console, began = Console(), time.perf_counter()
     training_key, test_key, answer_key = jax.random.split(jax.random.key(args.seed), 3)
-    model = language.Transformer(config, nnx.Rngs(args.seed))
-    test = prompts(test_key, TESTS)
-    before = write(model, test, answer_key)
-    history = train(model, config, training_key, console)
+    with console.status("Making the model, and compiling how it writes"):
+        model = language.Transformer(config, nnx.Rngs(args.seed))
+        test = prompts(test_key, TESTS)
+        before = write(model, test, answer_key)
+    steps: list[Measured] = []
+    try:
+        train(model, config, training_key, console, steps)
+    except KeyboardInterrupt:
+        if not steps:
+            raise
+        path = common.of_stopped(path)
+        draw(path, Measured(*np.array(steps).T))
+        kept = f"Stopped after {len(steps)} of {config.steps} steps. The curves so far: {path}"
+        raise KeyboardInterrupt(kept) from None
+    history = Measured(*np.array(steps).T)
     after = write(model, test, answer_key)
 
-    path = args.out / "policy_gradient.png"
-    draw(history, path)
+    draw(path, history)
     console.print(show(test[:6], before[:6], after[:6]))
     old, new = reward(test, before), reward(test, after)
     language.show_figures({
-        "steps": f"{config.steps:,} of {PROMPTS} prompts, {GROUP} answers each",
+        "steps": f"{config.steps:,}, each {PROMPTS} prompts with {GROUP} answers",
         "seconds": f"{time.perf_counter() - began:.1f}",
         "reward in training": f"{history.reward[:20].mean():.3f} -> {history.reward[-20:].mean():.3f}",
         "entropy of a token": f"{history.entropy[0]:.3f} -> {history.entropy[-20:].mean():.3f}",

@@ -1,18 +1,21 @@
-"""Learns to read handwritten digits with jax_sce, and once more with optax's loss beside it.
+"""Learns to read handwritten digits, once with jax_sce and once with optax's loss.
 
     python examples/train_digits.py [--quick] [--out FOLDER]
 
-A network of two hidden layers learns scikit-learn's 1,797 digits (8 x 8 pixels, bundled: nothing is
-downloaded) twice from the same seed; nothing differs but the function that computes the loss. With
-jax_sce it must read at least 97 % of the unseen test digits, or the script exits with an error.
+A network with two hidden layers learns scikit-learn's 1,797 digits (8 x 8 pixels; they come with
+scikit-learn, nothing is downloaded). It learns them twice from the same seed; only the function
+that computes the loss differs. With jax_sce it must read at least 97 % of the unseen test digits,
+or the script exits with an error.
 
-Time: about 15 seconds on two CPU cores. `--quick` trains for 3 epochs, about 10 seconds, and asks
-for no accuracy.
+Time: about 15 seconds on two CPU cores. `--quick` trains for 3 epochs, about 10 seconds, and
+requires no accuracy.
 
 Draws `train_digits.png`: training loss and test accuracy of both runs after each epoch.
 """
 
-import argparse
+import common  # first, because of Ctrl-C
+
+# isort: split
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,12 +24,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from common import BLUE, ORANGE
 from jax import Array
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -44,7 +47,6 @@ WIDTHS = (64, 128, 128, 10)  # pixels, two hidden layers, classes
 BATCH_SIZE = 64
 OPTIMIZER = optax.adam(1e-3)
 REQUIRED_ACCURACY = 0.97
-BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito's: told apart by colour-blind readers too
 
 
 class Digits(NamedTuple):
@@ -59,11 +61,11 @@ class State(NamedTuple):
 
 class Curves(NamedTuple):
     loss: np.ndarray  # [epochs], mean training loss during the epoch
-    accuracy: np.ndarray  # [epochs], on the test digits after it
+    accuracy: np.ndarray  # [epochs], on the test digits after the epoch
 
 
 def load(test_size: float = 0.25) -> tuple[Digits, Digits]:
-    """The digits to train on and, kept apart, those to test with; each class in equal shares."""
+    """The digits for training and those for the test, with the same share of each class."""
     images, labels = load_digits(return_X_y=True)
     train_images, test_images, train_labels, test_labels = map(
         jnp.asarray,
@@ -97,7 +99,7 @@ def accuracy(params: Params, digits: Digits) -> Array:
 
 
 def train_epoch(loss_fn: LossFn, state: State, key: Array, digits: Digits) -> tuple[State, Array]:
-    """One pass over the digits in a fresh random order; also returns the mean loss on the way."""
+    """One pass over the digits in a new random order; also returns the mean loss of its steps."""
 
     def step(state: State, rows: Array) -> tuple[State, Array]:
         def mean_loss(params: Params) -> Array:
@@ -113,19 +115,25 @@ def train_epoch(loss_fn: LossFn, state: State, key: Array, digits: Digits) -> tu
     return state, losses.mean()
 
 
-def train(name: str, epochs: int, digits: Digits, test: Digits) -> tuple[Params, Curves]:
+def train(
+    name: str, epochs: int, digits: Digits, test: Digits, console: Console
+) -> tuple[Params, Curves]:
     """Trains with the loss of that name; the seed is the same for every name."""
     start, shuffle = jax.random.split(jax.random.key(0))
     state, history = init(start), []
     epoch = jax.jit(train_epoch, static_argnums=0)
-    for key in track(jax.random.split(shuffle, epochs), f"training with {name:7}"):
-        state, loss = epoch(LOSSES[name], state, key, digits)
-        history.append((loss, accuracy(state.params, test)))
+    with common.progress_bar(console) as progress:
+        task = progress.add_task(f"{name}: compiling", total=epochs)
+        for key in jax.random.split(shuffle, epochs):
+            state, loss = epoch(LOSSES[name], state, key, digits)
+            history.append((loss, accuracy(state.params, test)))
+            progress.update(task, advance=1, description=f"{name}: loss {loss:.1e}")
     return state.params, Curves(*np.array(history).T)
 
 
 def draw(curves: dict[str, Curves], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2)
     styles = {
         "optax": dict(color=ORANGE, linewidth=5, alpha=0.6),
         "jax_sce": dict(color=BLUE, linewidth=1.5),
@@ -139,38 +147,34 @@ def draw(curves: dict[str, Curves], path: Path) -> None:
     axes[1].set(title="Test accuracy", xlabel="epoch", ylabel="test digits read right (%)")
     for axis in axes:
         axis.legend()
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        common.tidy(axis)
+    figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 epochs, no accuracy required")
-    output = Path(__file__).parent / "output"
-    parser.add_argument("--out", type=Path, default=output, help="for pictures")
+    parser = common.make_parser(__doc__, "train for 3 epochs, not 100; require no accuracy")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    path = common.picture(parser, args, "train_digits", "quick")
 
     console = Console()
     digits, test = load()
     epochs = 3 if args.quick else 100
-    table = Table("loss function", "training loss", "test accuracy", "losses that are exactly 0")
+    table = Table("loss function", "training loss", "test accuracy", "losses equal to 0")
     curves = {}
     for name, loss_fn in LOSSES.items():
-        params, curves[name] = train(name, epochs, digits, test)
+        params, curves[name] = train(name, epochs, digits, test, console)
         zeros = jnp.mean(loss_fn(predict(params, digits.images), digits.labels) == 0)
         final_loss, final_accuracy = (curve[-1] for curve in curves[name])
-        # No true loss is 0: it is `L - z_y` that rounds to 0 where the model is confident.
+        # No true loss is 0: optax's `L - z_y` rounds to 0 where the model is confident.
         table.add_row(name, f"{final_loss:.3e}", f"{final_accuracy:.2%}", f"{zeros:.1%} of digits")
-    draw(curves, args.out / "train_digits.png")
+    draw(curves, path)
 
     console.print(table)
     gaps = [np.abs(ours - other).max() for ours, other in zip(*curves.values(), strict=True)]
     console.print(
-        f"Largest difference of the curves: {gaps[0]:.1e} in loss, {gaps[1]:.2%} accuracy."
+        f"Largest difference of the curves: {gaps[0]:.1e} in loss, {gaps[1]:.2%} in accuracy."
     )
-    console.print(f"Curves drawn to {args.out / 'train_digits.png'}")
+    print(f"Curves drawn to {path}")
     reached = curves["jax_sce"].accuracy[-1]
     if not args.quick and reached < REQUIRED_ACCURACY:
         sys.exit(f"test accuracy {reached:.2%} is below {REQUIRED_ACCURACY:.0%}")

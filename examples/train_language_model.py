@@ -1,31 +1,32 @@
-"""Train a small language model on the Python standard library, with jax_sce as its loss.
+"""Trains a small language model on the Python standard library, with jax_sce as its loss.
 
     pip install -e ".[examples]"
     python examples/train_language_model.py
 
-A decoder-only transformer learns Python from text that every machine with Python has: the source
-of the standard library, cut into tokens by a byte-level BPE that is trained on it once and cached.
-On two free CPU cores this takes two to three minutes, in which the validation perplexity falls
-from the size of the vocabulary, 8192 (it knows nothing), to about 135, a sixtieth.
+A decoder-only transformer learns Python from a text that every machine with Python has: the source
+of the standard library. A byte-level BPE, trained on it once and cached, cuts it into tokens. On two
+free CPU cores the training takes two to three minutes, and the validation perplexity falls from
+8192, the size of the vocabulary (the model knows nothing), to about 135.
 
-It shows the progress live, writes `language_model.png` (perplexity of the training and the
-held-out text against the tokens seen), lets the model write a few lines of Python, and prints the
-figures. `--quick` runs all of it, much smaller, in half a minute.
+The script shows its progress, draws `language_model.png` (perplexity of the training text and of
+the held-out text by tokens seen), lets the model write a few lines of Python and prints the
+figures. Ctrl-C keeps the curve so far. `--quick` does all of it, much smaller, in half a minute.
 
 The loss is the fused head, `linear_softmax_cross_entropy`: it takes the hidden states and the
-embedding, and the logits of the whole batch never exist. `--loss logits` and `--loss optax` make
-them, for this library's loss and optax's, and should draw the same curve. `--compare` trains a few
-steps with each of the three instead, side by side, and shows the memory of the loss, the time of a
-step and that the curves agree, in a table and in `compare_losses.png`; try it with `--vocab 32768`.
+embedding, and the logits of the whole batch never exist. `--loss logits` and `--loss optax` compute
+them, and call this library's loss and optax's on them; the curves should be the same. `--compare`
+trains a few steps with each of the three losses, in turns, and compares their memory, the time of a
+step and the curves, in a table and in `compare_losses.png`. Try it with `--vocab 32768`.
 """
 
 from __future__ import annotations
 
-import argparse
+import common  # first, because of Ctrl-C
+
+# isort: split
 import dataclasses
 import hashlib
 import math
-import os
 import statistics
 import sys
 import sysconfig
@@ -34,32 +35,25 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import BLUE, GREEN, VERMILION
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    track,
-)
 from rich.syntax import Syntax
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jax_sce import linear_softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
-# Takes hidden states [B, T, D], the embedding [V, D] and labels [B, T] to the mean loss.
+# From hidden states [B, T, D], the embedding [V, D] and labels [B, T]: the mean loss.
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -78,15 +72,13 @@ def optax_loss(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> ja
 
 
 LOSSES: dict[str, Loss] = {"fused": fused_loss, "logits": logits_loss, "optax": optax_loss}
-MAX_VOCABULARY = 65536
-
-BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind readers, too
+MIN_VOCABULARY, MAX_VOCABULARY = 257, 65536  # at least the bytes and the end of a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     vocabulary: int = 8192
-    files: int | None = None  # of the corpus; None takes all
+    files: int | None = None  # the number of files to read; None reads all
     width: int = 128
     depth: int = 3
     heads: int = 4
@@ -104,9 +96,9 @@ QUICK = Config(vocabulary=512, files=40, width=64, depth=2, steps=60, evaluation
 # --- the text ------------------------------------------------------------------------------------
 
 END_OF_FILE = "<|endoffile|>"
-# Tests are no library code, and idlelib and lib2to3 come and go with the Python; encodings and
-# pydoc_data are tables, near copies of one another, that would leak from the training text into
-# the held-out text and flatter the model.
+# Tests are not library code, and not every Python has idlelib and lib2to3. The files of encodings
+# and pydoc_data are tables that resemble each other: some would be held out and others trained on,
+# and the validation would look too good.
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 SKIPPED |= {"site-packages", "dist-packages", "__pycache__"}
 
@@ -115,30 +107,30 @@ class Corpus(NamedTuple):
     tokenizer: Tokenizer
     training: np.ndarray  # the tokens of all files, END_OF_FILE before each
     validation: np.ndarray  # those of the held-out files
-    held_out: list[str]  # the names of these, in the same order
+    held_out: list[str]  # their names, in the same order
 
 
 def load_corpus(config: Config) -> Corpus:
-    """Returns the tokens of the standard library, cut and encoded at the first call."""
+    """The tokens of the standard library. The first call trains the tokenizer and encodes."""
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
     paths = [path for path in paths if not SKIPPED & set(path.parts)][: config.files]
     held_out = paths[::20]
     training = [path for i, path in enumerate(paths) if i % 20]
 
-    # The name of the cache tells all that it depends on, so a stale one is never read.
+    # The name of the cache depends on all that the tokens depend on: a stale one is never read.
     files = [(path.as_posix(), (library / path).stat().st_size) for path in paths]
     key = repr((sys.version, config.vocabulary, files)).encode()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_sce"
+    root = common.cache_folder()
     cache = root / f"stdlib-{config.vocabulary}-{hashlib.sha256(key).hexdigest()[:16]}"
 
     if not cache.is_dir():
+        common.check_cache()
         texts = {
             name: [(library / path).read_text("utf-8", errors="replace") for path in part]
             for name, part in [("training", training), ("validation", held_out)]
         }
-        root.mkdir(parents=True, exist_ok=True)
-        # Built aside and renamed when complete: a run cut short leaves nothing half-written.
+        # Built elsewhere and renamed when complete: an interrupted run leaves no incomplete cache.
         with tempfile.TemporaryDirectory(dir=root) as temporary:
             unfinished = Path(temporary) / "corpus"
             unfinished.mkdir()
@@ -146,7 +138,7 @@ def load_corpus(config: Config) -> Corpus:
             try:
                 unfinished.rename(cache)
             except OSError:
-                if not cache.is_dir():  # else another run was faster, and its result is the same
+                if not cache.is_dir():  # another run may have built the same meanwhile
                     raise
 
     tokenizer = Tokenizer.from_file(str(cache / "tokenizer.json"))
@@ -159,7 +151,7 @@ def load_corpus(config: Config) -> Corpus:
 
 
 def build_corpus(texts: dict[str, list[str]], vocabulary: int, folder: Path) -> None:
-    """Trains the tokenizer on the training texts, and encodes these and those for validation."""
+    """Trains the tokenizer on the training texts, and encodes the texts of both parts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,7 +176,7 @@ def build_corpus(texts: dict[str, list[str]], vocabulary: int, folder: Path) -> 
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions: turns pairs of features [B, T, heads, :] by angles that grow with T."""
+    """Rotary positions: rotates pairs of features [B, T, heads, :] by angles that grow with T."""
     time, features = x.shape[1], x.shape[3]
     frequency = 1e4 ** -jnp.linspace(0, 1, features // 2, endpoint=False)
     angle = (jnp.arange(time)[:, None] * frequency)[:, None, :]
@@ -197,7 +189,7 @@ class Block(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         width = config.width
         linear = partial(nnx.Linear, use_bias=False, rngs=rngs)
-        # Branches that start at zero make each block the identity: deep or shallow, it trains.
+        # Branches that start at zero make each block the identity, so that any depth trains.
         last = partial(linear, kernel_init=nnx.initializers.zeros)
         self.heads = config.heads
         self.attention_norm = nnx.RMSNorm(width, rngs=rngs)
@@ -217,7 +209,7 @@ class Block(nnx.Module):
 
 class Transformer(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        # So small a start makes the logits near zero: the first loss is log(V), no more.
+        # A small embedding makes small logits: the first loss is log(V).
         small = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(config.vocabulary, config.width, embedding_init=small, rngs=rngs)
         self.blocks = nnx.Sequential(*[Block(config, rngs) for _ in range(config.depth)])
@@ -246,7 +238,7 @@ def make_optimizer(model: Transformer, config: Config) -> nnx.Optimizer:
 
 
 def mean_loss(model: Transformer, windows: jax.Array, loss: Loss) -> jax.Array:
-    """The mean loss of windows [B, T + 1], in which each token but the first is to be predicted."""
+    """The mean loss of windows [B, T + 1]. All tokens but the first are labels."""
     return loss(model.hidden(windows[:, :-1]), model.embedding.embedding[...], windows[:, 1:])
 
 
@@ -267,7 +259,7 @@ def evaluate(model: Transformer, windows: jax.Array, loss: Loss) -> jax.Array:
 
 
 def windows_at(tokens: np.ndarray, starts: np.ndarray, config: Config) -> np.ndarray:
-    """The windows of T + 1 tokens that start there: [starts..., T + 1]."""
+    """The windows of T + 1 tokens at these starts: [starts..., T + 1]."""
     return tokens[starts[..., None] + np.arange(config.context + 1)]
 
 
@@ -280,7 +272,7 @@ def random_windows(tokens: np.ndarray, draws: np.random.Generator, config: Confi
 
 
 def held_out_starts(tokens: np.ndarray, config: Config) -> np.ndarray:
-    """The same windows at every validation, spread evenly over the held-out files: [batches, B]."""
+    """The starts of the windows for validation, evenly over the held-out files: [batches, B]."""
     last = len(tokens) - config.context - 1
     starts = np.linspace(0, last, config.validation_batches * config.batch, dtype=np.int64)
     return starts.reshape(-1, config.batch)
@@ -288,8 +280,8 @@ def held_out_starts(tokens: np.ndarray, config: Config) -> np.ndarray:
 
 class History(NamedTuple):
     training: list[float]  # the loss of every batch, before its update
-    validation: dict[int, float]  # the held-out loss after that many steps
-    seconds: list[float]  # of every step
+    validation: dict[int, float]  # the held-out loss by the number of steps before it
+    seconds: list[float]  # the time of every step
 
 
 def train(
@@ -299,33 +291,30 @@ def train(
     config: Config,
     seed: int,
     console: Console,
-) -> History:
+    history: History,
+) -> None:
+    """Trains the model and fills the history, which the caller has even after Ctrl-C."""
     starts = held_out_starts(corpus.validation, config)
     held_out = windows_at(corpus.validation, starts, config)
-    optimizer = make_optimizer(model, config)
-    history = History([], {0: float(evaluate(model, held_out, loss))}, [])
     draws = np.random.default_rng(seed)
-    with progress_bar(console) as progress:
-        task = progress.add_task("compiling", total=config.steps)
+    with common.progress_bar(console) as progress:
+        task = progress.add_task("compiling the validation", total=config.steps)
+        optimizer = make_optimizer(model, config)
+        history.validation[0] = float(evaluate(model, held_out, loss))
+        progress.update(task, description="compiling the training step")
         for step in range(1, config.steps + 1):
             batch = random_windows(corpus.training, draws, config)
             start = time.perf_counter()
-            # Reading the loss waits for the step to end, as the clock must.
+            # float() waits for the end of the step, as the clock needs it.
             history.training.append(float(train_step(model, optimizer, batch, loss)))
             history.seconds.append(time.perf_counter() - start)
             if is_evaluated(step, config):
                 history.validation[step] = float(evaluate(model, held_out, loss))
             progress.update(task, advance=1, description=describe(history, config))
-    return history
 
 
 def is_evaluated(step: int, config: Config) -> bool:
     return step % math.ceil(config.steps / config.evaluations) == 0 or step == config.steps
-
-
-def progress_bar(console: Console) -> Progress:
-    columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    return Progress(*columns, TextColumn("{task.description}"), console=console)
 
 
 def describe(history: History, config: Config) -> str:
@@ -337,7 +326,7 @@ def describe(history: History, config: Config) -> str:
 
 
 def tokens_per_second(history: History, config: Config) -> float:
-    # The median leaves out the compilation, in the first step, and a busy machine's hiccups.
+    # The median ignores the first step, which compiles, and the slow steps of a busy machine.
     return config.batch * config.context / statistics.median(history.seconds)
 
 
@@ -345,31 +334,38 @@ def tokens_per_second(history: History, config: Config) -> float:
 
 
 class Measured(NamedTuple):
-    mebibytes: float  # that the loss and its gradient take besides their arguments and results
+    mebibytes: float  # temporary memory of the loss and its gradient
     losses: list[float]  # of every step, before its update
     seconds: list[float]  # of every step
 
 
-def compare(corpus: Corpus, config: Config, seed: int) -> dict[str, Measured]:
+def compare(corpus: Corpus, config: Config, seed: int, console: Console) -> dict[str, Measured]:
     """Trains the same model on the same text with each loss."""
-    models = {name: Transformer(config, nnx.Rngs(seed)) for name in LOSSES}
-    optimizers = {name: make_optimizer(model, config) for name, model in models.items()}
-    measured = {name: Measured(mebibytes(loss, config), [], []) for name, loss in LOSSES.items()}
+    measured: dict[str, Measured] = {}
     draws = np.random.default_rng(seed)
-    for _ in track(range(config.steps), "comparing", transient=True):
-        batch = random_windows(corpus.training, draws, config)
-        # In turns, so that other work on the machine slows all of them alike.
+    with common.progress_bar(console) as progress:
+        task = progress.add_task("making three models", total=config.steps)
+        models = {name: Transformer(config, nnx.Rngs(seed)) for name in LOSSES}
+        optimizers = {name: make_optimizer(model, config) for name, model in models.items()}
         for name, loss in LOSSES.items():
-            start = time.perf_counter()
-            measured[name].losses.append(
-                float(train_step(models[name], optimizers[name], batch, loss))
-            )
-            measured[name].seconds.append(time.perf_counter() - start)
+            progress.update(task, description=f"compiling {name}, to read its memory")
+            measured[name] = Measured(mebibytes(loss, config), [], [])
+        for step in range(config.steps):
+            batch = random_windows(corpus.training, draws, config)
+            # In turns, so that other work on the machine slows down all of them alike.
+            for name, loss in LOSSES.items():
+                doing = "training with" if step else "compiling the step with"
+                progress.update(task, description=f"{doing} {name}")
+                start = time.perf_counter()
+                value = float(train_step(models[name], optimizers[name], batch, loss))
+                measured[name].seconds.append(time.perf_counter() - start)
+                measured[name].losses.append(value)
+            progress.advance(task)
     return measured
 
 
 def mebibytes(loss: Loss, config: Config) -> float:
-    """The temporary memory of the compiled loss with its gradients, at the shapes of training."""
+    """The temporary memory of the compiled loss and its gradients, at the shapes of training."""
     hidden = jax.ShapeDtypeStruct((config.batch, config.context, config.width), jnp.float32)
     embedding = jax.ShapeDtypeStruct((config.vocabulary, config.width), jnp.float32)
     labels = jax.ShapeDtypeStruct((config.batch, config.context), jnp.int32)
@@ -390,7 +386,7 @@ def disagreement(measured: dict[str, Measured]) -> float:
 
 def show_comparison(measured: dict[str, Measured]) -> Table:
     table = Table("loss", title="Three losses, the same training", caption_justify="left")
-    for heading in ("temporary memory", "median step", "to optax's", "first loss", "last loss"):
+    for heading in ("memory", "median step", "optax's is 1", "first loss", "last loss"):
         table.add_column(heading, justify="right")
     optax_time = median_milliseconds(measured["optax"])
     for name, m in measured.items():
@@ -402,7 +398,10 @@ def show_comparison(measured: dict[str, Measured]) -> Table:
             f"{m.losses[0]:.6f}",
             f"{m.losses[-1]:.6f}",
         )
-    table.caption = f"Largest relative difference of the losses: {disagreement(measured):.1e}"
+    table.caption = (
+        "memory: temporary memory of the loss and its gradients\n"
+        f"Largest relative difference of the losses: {disagreement(measured):.1e}"
+    )
     return table
 
 
@@ -418,24 +417,23 @@ def draw_comparison(path: Path, measured: dict[str, Measured], config: Config) -
         bars = axes.bar(list(measured), values, color=colors.values())
         axes.bar_label(bars, fmt=format, padding=2)
         axes.margins(y=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
+        common.tidy(axes)
     memory.set(title="Loss and gradient", ylabel="temporary memory (MiB)")
     step_time.set(title="Training step", ylabel="median time (ms)")
 
-    # One upon another, as they should be: each narrower than the one below it.
+    # The curves should coincide: each line is narrower than the one below it, so that all are seen.
     for (name, m), width in zip(measured.items(), (7, 4, 1.5), strict=True):
         curves.plot(range(1, config.steps + 1), m.losses, color=colors[name], lw=width, label=name)
     curves.set(
-        title=f"The same curve, within {disagreement(measured):.0e} of it",
+        title=f"The same curve, to within {disagreement(measured):.0e}",
         xlabel="step", ylabel="training loss (nats per token)",
     )  # fmt: skip
     curves.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    curves.grid(alpha=0.3)
+    common.tidy(curves)
     curves.legend()
 
     tokens = config.batch * config.context
     figure.suptitle(f"{tokens:,} tokens, {config.width} features, {config.vocabulary:,} classes")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
@@ -446,13 +444,13 @@ def draw_comparison(path: Path, measured: dict[str, Measured], config: Config) -
 def next_token(
     model: Transformer, window: jax.Array, length: int, temperature: float, key: jax.Array
 ) -> jax.Array:
-    """Draws the token after the first `length` of window [T]; a causal model sees no others."""
+    """Draws the token after the first `length` of window [T]; the causal model ignores the rest."""
     logits = model.logits(model.hidden(window[None])[0, length - 1])
     return jax.random.categorical(key, logits / temperature)
 
 
 def write(model: Transformer, tokenizer: Tokenizer, prompt: str, config: Config, seed: int) -> str:
-    """Lets the model continue the prompt until its context is full or it ends the file."""
+    """Lets the model continue the prompt, until it ends the file or its context is full."""
     tokens = tokenizer.encode(END_OF_FILE + prompt).ids
     window = np.zeros(config.context, np.int32)
     for length in range(len(tokens), config.context):
@@ -466,7 +464,7 @@ def write(model: Transformer, tokenizer: Tokenizer, prompt: str, config: Config,
 
 
 def draw(path: Path, history: History, config: Config, title: str) -> None:
-    """Draws the perplexity of the training and of the held-out text against the tokens seen."""
+    """Draws the perplexity of the training text and of the held-out text by tokens seen."""
     tokens_per_step = config.batch * config.context / 1000
     steps, validation = zip(*history.validation.items(), strict=True)
 
@@ -477,7 +475,7 @@ def draw(path: Path, history: History, config: Config, title: str) -> None:
     x = tokens_per_step * np.arange(len(history.training))
     axes.plot(x, np.exp(history.training), color=BLUE, lw=0.8, label="training, each batch")
     x = tokens_per_step * np.array(steps)
-    axes.plot(x, np.exp(validation), color=VERMILION, marker="o", label="validation, unseen files")
+    axes.plot(x, np.exp(validation), color=VERMILION, marker="o", label="validation, other files")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -485,10 +483,20 @@ def draw(path: Path, history: History, config: Config, title: str) -> None:
     axes.set_xlabel("training tokens seen (thousands)")
     axes.set_ylabel("perplexity per token")
     axes.set_title(title)
-    axes.grid(alpha=0.3)
+    common.tidy(axes)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def stopped(path: Path, history: History, config: Config, title: str, advice: str = "") -> NoReturn:
+    """Draws the curve so far, and ends a run that Ctrl-C interrupted."""
+    steps = len(history.training)
+    if not steps:
+        raise KeyboardInterrupt(f"Stopped before the first step.{advice}") from None
+    path = common.of_stopped(path)
+    draw(path, history, config, title)
+    kept = f"Stopped after {steps} of {config.steps} steps. The curve so far: {path}{advice}"
+    raise KeyboardInterrupt(kept) from None
 
 
 def figures(history: History, config: Config, seconds: float) -> dict[str, str]:
@@ -512,39 +520,49 @@ def show_figures(named: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--loss", choices=LOSSES, default="fused")
-    parser.add_argument("--compare", action="store_true", help="a few steps with each loss instead")
-    parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
+    parser = common.make_parser(__doc__, "a much smaller model and text, for half a minute")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--loss", choices=LOSSES, default="fused",
+        help="the loss to train with: the fused head, or this library's or optax's loss on logits "
+        "(default: fused)",
+    )  # fmt: skip
+    either.add_argument(
+        "--compare", action="store_true",
+        help="train 20 steps with each loss (10 with --quick), and compare them",
+    )  # fmt: skip
     parser.add_argument(
-        "--vocab", type=int, help=f"size of the vocabulary, at most {MAX_VOCABULARY}"
+        "--vocab", type=common.whole_number(MIN_VOCABULARY, MAX_VOCABULARY), metavar="TOKENS",
+        help=f"size of the vocabulary, from {MIN_VOCABULARY} to {MAX_VOCABULARY} "
+        f"(default: {Config.vocabulary}, or {QUICK.vocabulary} with --quick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=common.whole_number(1),
+        help=f"steps of the training (default: {Config.steps}, or {QUICK.steps} with --quick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=common.seed, default=0, help="seed of the model and the batches (default: 0)"
     )
-    parser.add_argument("--steps", type=int, help="updates of the model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()
-    for name in ("vocab", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if args.vocab is not None and args.vocab > MAX_VOCABULARY:
-        parser.error(f"--vocab must be at most {MAX_VOCABULARY}, got {args.vocab}")
     if args.compare and args.steps == 1:
-        parser.error("--steps must be at least 2 to compare: the first one compiles")
+        parser.error("--compare needs --steps of at least 2, got 1: the first step compiles")
 
     config = QUICK if args.quick else Config()
     if args.compare:
         config = dataclasses.replace(config, steps=10 if args.quick else 20)
     config = dataclasses.replace(
         config,
-        vocabulary=config.vocabulary if args.vocab is None else args.vocab,
-        steps=config.steps if args.steps is None else args.steps,
+        vocabulary=args.vocab or config.vocabulary,
+        steps=args.steps or config.steps,
     )
+    name = "compare_losses" if args.compare else "language_model"
+    path = common.picture(parser, args, name, "quick", "loss", "vocab", "steps", "seed")
     console = Console()
     began = time.perf_counter()
 
-    with console.status("Reading the standard library"):
+    with console.status("Reading the standard library; the first run encodes it"):
         corpus = load_corpus(config)
-    # A short text can fill no large vocabulary, and a small one still needs all 256 bytes.
+    # A short text can be too short for a large vocabulary.
     config = dataclasses.replace(config, vocabulary=corpus.tokenizer.get_vocab_size())
     console.print(
         f"{len(corpus.training):,} tokens to train on, {len(corpus.validation):,} held out, "
@@ -552,23 +570,28 @@ def main() -> None:
     )
 
     if args.compare:
-        measured = compare(corpus, config, args.seed)
+        measured = compare(corpus, config, args.seed, console)
         console.print(show_comparison(measured))
-        path = args.out / "compare_losses.png"
         draw_comparison(path, measured, config)
-        console.print(f"Drawn to {path}")
+        print(f"Drawn to {path}")
         if disagreement(measured) > 1e-3:
             raise SystemExit("The losses disagree.")
         return
 
-    model = Transformer(config, nnx.Rngs(args.seed))
+    with console.status("Making the model"):
+        model = Transformer(config, nnx.Rngs(args.seed))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    history = train(model, corpus, LOSSES[args.loss], config, args.seed, console)
+    title = f"A transformer learns Python (loss: {args.loss})"
+    history = History([], {}, [])
+    try:
+        train(model, corpus, LOSSES[args.loss], config, args.seed, console, history)
+    except KeyboardInterrupt:
+        stopped(path, history, config, title)
 
-    path = args.out / "language_model.png"
-    draw(path, history, config, f"A transformer learns Python (loss: {args.loss})")
-
-    text = write(model, corpus.tokenizer, "class Reader:\n    def read(self", config, args.seed)
+    draw(path, history, config, title)
+    with console.status("The model writes"):
+        prompt = "class Reader:\n    def read(self"
+        text = write(model, corpus.tokenizer, prompt, config, args.seed)
     console.print(Panel(Syntax(text, "python", word_wrap=True), title="The model writes"))
 
     show_figures({

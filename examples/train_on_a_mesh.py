@@ -1,38 +1,41 @@
-"""Train the language model over a mesh of devices, in one process or in many.
+"""Trains the language model on a mesh of devices, in one process or in many.
 
     pip install -e ".[examples]"
     python examples/train_on_a_mesh.py --mesh data=2,model=4
     python examples/train_on_a_mesh.py --mesh data=2,model=4 --processes 2
 
-The model, the text and the curves are those of `train_language_model.py`; what changes is the mesh.
-Its axis `data` splits the examples, `model` the classes, which are the rows of the tied embedding;
-an axis that is left out is 1. The loss is the fused head under `jax_sce.shard`, and the rest runs
-under plain `jax.jit` with `NamedSharding`. Where there are only CPUs, each device is a virtual one.
+The model, the text and the curves are those of `train_language_model.py`. The mesh axis `data` splits
+the examples, and `model` splits the classes, which are the rows of the tied embedding; an axis that
+is not given has size 1. The loss is the fused head under `jax_sce.shard`, and all else runs under
+plain `jax.jit` with `NamedSharding`. On a machine without accelerators the devices are virtual CPUs.
 
-`--processes 2` starts two processes of this script on this machine, each with half of the devices,
-which talk over loopback: to try it out. On a cluster, start it once on every host,
+`--processes 2` tries out several processes: it starts this script twice on this machine, each with
+half of the devices. On a cluster, start the script once on every host:
 
     python examples/train_on_a_mesh.py --mesh data=8,model=8 --processes 16 \\
         --coordinator host0:1234 --process-id 0 --checkpoints /shared/run
 
-where each host has its own `--process-id`, from 0, the mesh has as many devices as all of them
-together, and every host has the same Python, whose library is the text.
+Each host gets its own `--process-id`, from 0. The mesh has as many devices as all hosts together,
+and every host needs the same Python, because its library is the text.
 
-`--checkpoints FOLDER` keeps the state of the training there, on a file system that all processes
-see, after every `--every` steps. The same command starts again where the last checkpoint stands,
-whatever ended the run before: the same batches follow, and on the same mesh and processes the same
-losses, bit by bit. It may be another mesh, too, if the vocabulary divides evenly over both.
+`--checkpoints FOLDER` saves the state of the training after every `--every` steps, in a folder that
+all processes can reach. However a run ended, the same command resumes after its last checkpoint: it
+sees the same batches and, on the same mesh and processes, gets the same losses bit for bit. The mesh
+may also change, if the padded vocabulary stays the same.
 
-A process that is lost ends the others with a message: those of `--processes` alone at once; on a
-cluster as soon as a connection to it breaks, or else when nothing was heard of it for HEARTBEAT
-seconds.
+If a process is lost, the others end with a message: with `--processes` alone at once; on a cluster
+when a connection to the lost process breaks, or after HEARTBEAT seconds without a sign of life.
 
-`--quick` runs all of it, much smaller. Progress is shown live on a terminal, else as a line for
-each step; the picture is `mesh.png`.
+Ctrl-C keeps the checkpoints, and in a single process the curve so far. `--quick` does all of it, much
+smaller. A terminal shows the progress; other outputs get a line for each step. The picture is
+`mesh-data=2,model=4.png`, named by its mesh.
 """
 
 from __future__ import annotations
 
+import common  # first, because of Ctrl-C
+
+# isort: split
 import argparse
 import dataclasses
 import math
@@ -61,22 +64,23 @@ from train_language_model import Config, Corpus, History, Loss, Transformer
 import jax_sce
 
 AXES = ("data", "model")
-LAUNCHER = "TRAIN_ON_A_MESH_LAUNCHER"  # its process, for those that it starts
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+LAUNCHER = "TRAIN_ON_A_MESH_LAUNCHER"  # an environment variable: the process that started this one
+HEARTBEAT = 30  # a process counts as lost after so many seconds without a sign of life
+EVERY = 20  # steps between two checkpoints
 
 
 # --- the loss and the layout ---------------------------------------------------------------------
 
 
 def pad(config: Config, vocabulary: int, mesh: Mesh) -> Config:
-    """Gives the embedding so many rows that they divide evenly over `model`."""
+    """Pads the embedding with rows until they divide evenly over `model`."""
     parts = mesh.shape["model"]
     return dataclasses.replace(config, vocabulary=math.ceil(vocabulary / parts) * parts)
 
 
 def make_loss(mesh: Mesh, vocabulary: int) -> Loss:
-    """The fused head on the mesh. Rows of the embedding beyond the vocabulary are absent classes:
-    their bias is -inf."""
+    """The fused head on the mesh. The padding of the embedding gets a bias of -inf: these classes
+    do not count."""
     head = jax_sce.shard(jax_sce.linear_softmax_cross_entropy, mesh, batch="data", classes="model")
 
     def loss(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
@@ -88,8 +92,8 @@ def make_loss(mesh: Mesh, vocabulary: int) -> Loss:
 
 
 def layout(state: Any, mesh: Mesh) -> Any:
-    """Where the arrays of a state live: the rows of the embedding and of its moments over `model`,
-    all else whole on every device."""
+    """The shardings of a state: the rows of the embedding and of its moments over `model`, all else
+    replicated."""
 
     def place(path: Any, _: jax.Array) -> NamedSharding:
         split = "embedding" in jax.tree_util.keystr(path)
@@ -106,7 +110,7 @@ def keep_layout(model: Transformer, optimizer: nnx.Optimizer, mesh: Mesh) -> Non
 
 @partial(nnx.jit, static_argnums=(0, 1, 2))
 def create(config: Config, seed: int, mesh: Mesh) -> tuple[Transformer, nnx.Optimizer]:
-    """A new model and its optimizer. Each device makes its own part: none holds the whole."""
+    """A new model and its optimizer. Each device makes only its own part."""
     model = Transformer(config, nnx.Rngs(seed))
     optimizer = language.make_optimizer(model, config)
     keep_layout(model, optimizer, mesh)
@@ -123,8 +127,8 @@ def train_step(
 
 
 def windows_on(mesh: Mesh, tokens: np.ndarray, starts: np.ndarray, config: Config) -> jax.Array:
-    """The windows that start there, [..., B, T + 1], as an array split over `data`. A process reads
-    those of its own devices only."""
+    """The windows at these starts, [..., B, T + 1], as an array split over `data`. A process reads
+    only those of its own devices."""
     spec = P(*[None] * (starts.ndim - 1), "data")
     return jax.make_array_from_callback(
         (*starts.shape, config.context + 1),
@@ -137,7 +141,7 @@ def windows_on(mesh: Mesh, tokens: np.ndarray, starts: np.ndarray, config: Confi
 
 
 def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    """Saves in the background, and a checkpoint is there when it is complete, or not at all."""
+    """Saves in the background. An incomplete checkpoint is never read."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -162,7 +166,8 @@ def save(
 def restore(
     checkpoints: ocp.CheckpointManager, state: nnx.State, settings: dict[str, Any]
 ) -> tuple[nnx.State, dict[str, Any], History]:
-    """The last checkpoint's state, laid out as `state` is, the state of its draws and its history."""
+    """From the last checkpoint: the state, sharded like `state`, the state of the draws, and the
+    history."""
     step = checkpoints.latest_step()
     read = partial(checkpoints.restore, step)
     run = read(args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
@@ -188,36 +193,43 @@ def train(
     mesh: Mesh,
     seed: int,
     console: Console,
-    folder: Path | None = None,
-    every: int = 0,
-) -> History:
-    """Trains on the mesh, after the last checkpoint in the folder if there is one."""
+    history: History,
+    checkpoints: ocp.CheckpointManager | None,
+    every: int,
+) -> None:
+    """Trains on the mesh, after the last checkpoint if there is one. Fills the history, which the
+    caller has even after Ctrl-C."""
     size = corpus.tokenizer.get_vocab_size()
     config, loss = pad(config, size, mesh), make_loss(mesh, size)
     starts = language.held_out_starts(corpus.validation, config)
     held_out = windows_on(mesh, corpus.validation, starts, config)
 
-    model, optimizer = create(config, seed, mesh)
+    with console.status("Compiling the model and the optimizer"):
+        model, optimizer = create(config, seed, mesh)
     draws = np.random.default_rng(seed)
     settings = dataclasses.asdict(config) | {"seed": seed}
-    checkpoints = open_checkpoints(folder) if folder else None
     if checkpoints and checkpoints.latest_step() is not None:
-        state = nnx.state((model, optimizer))
-        state, draws.bit_generator.state, history = restore(checkpoints, state, settings)
-        nnx.update((model, optimizer), state)
+        with console.status("Reading the last checkpoint"):
+            state = nnx.state((model, optimizer))
+            state, draws.bit_generator.state, before = restore(checkpoints, state, settings)
+            nnx.update((model, optimizer), state)
+        history.training.extend(before.training)
+        history.validation.update(before.validation)
+        history.seconds.extend(before.seconds)
         console.print(f"Resumed after step {checkpoints.latest_step()}")
-    else:
-        history = History([], {0: float(language.evaluate(model, held_out, loss))}, [])
 
-    with language.progress_bar(console) as progress:
+    with common.progress_bar(console) as progress:
         done = len(history.training)
-        task = progress.add_task("compiling", total=config.steps, completed=done)
+        task = progress.add_task("compiling the validation", total=config.steps, completed=done)
+        if not done:
+            history.validation[0] = float(language.evaluate(model, held_out, loss))
+        progress.update(task, description="compiling the training step")
         for step in range(done + 1, config.steps + 1):
-            # Every process draws all of the batch, as one alone would, and reads its own part.
+            # Every process draws the starts of the whole batch, and reads its own part of it.
             starts = language.random_starts(corpus.training, draws, config)
             batch = windows_on(mesh, corpus.training, starts, config)
             start = time.perf_counter()
-            # Reading the loss waits for the step to end, as the clock must.
+            # float() waits for the end of the step, as the clock needs it.
             history.training.append(float(train_step(model, optimizer, batch, loss, mesh)))
             history.seconds.append(time.perf_counter() - start)
             if language.is_evaluated(step, config):
@@ -226,47 +238,53 @@ def train(
                 state = nnx.state((model, optimizer))
                 save(checkpoints, step, state, draws, history, settings)
             progress.update(task, advance=1, description=language.describe(history, config))
-            if not console.is_terminal:  # nine digits tell every float32 from every other
+            if not console.is_terminal:  # nine digits tell any two float32 apart
                 console.print(f"step {step}: loss {history.training[-1]:.9g}")
     if checkpoints:
-        checkpoints.close()  # waits for what is being saved
-    return history
+        checkpoints.close()  # waits until the last one is saved
 
 
 # --- processes -----------------------------------------------------------------------------------
 
 
 def start_processes(count: int, resumable: bool) -> None:
-    """Runs this script in so many processes on this machine; where one is lost, ends the others."""
+    """Runs this script in several processes on this machine. If one is lost, ends the others."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process-id"]
     environment = {"JAX_PLATFORMS": "cpu", **os.environ, LAUNCHER: str(os.getpid())}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    # A terminal sends Ctrl-C to all processes. Only this one answers: the others inherit that they
+    # ignore it.
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes: list[subprocess.Popen] = []
     codes: list[int | None] = [None]
     try:
         for i in range(count):
-            # The others have nothing to tell but how Gloo fares.
+            # The others would only print messages of Gloo.
             stdout = subprocess.DEVNULL if i else None
             processes.append(subprocess.Popen([*command, str(i)], env=environment, stdout=stdout))
+        signal.signal(signal.SIGINT, answer)
         while None in codes and not any(codes):
             time.sleep(0.1)
             codes = [process.poll() for process in processes]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped. {advice(resumable)}") from None
     finally:
-        for process in processes:
+        for process in processes:  # all before waiting, so that none reports that it lost another
             process.kill()
+        for process in processes:
             process.wait()
     if any(codes):
-        # A signal, which is negative, comes first: who fails upon it exits with 1.
+        # The code of a signal is negative and comes first. Processes that fail after it exit with 1.
         code, i = min((code, i) for i, code in enumerate(codes) if code)
         how = f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
         raise SystemExit(f"Process {i} {how}, and the others were ended. {advice(resumable)}")
 
 
 def end_with_launcher() -> None:
-    """Ends this process when the one that started it is gone, however that ended."""
+    """Ends this process when the one that started it has ended for any reason."""
     if launcher := os.environ.get(LAUNCHER):
 
         def watch() -> None:
@@ -279,8 +297,8 @@ def end_with_launcher() -> None:
 
 def advice(resumable: bool) -> str:
     if resumable:
-        return "The same command goes on after the last checkpoint."
-    return "Nothing is left of the run: --checkpoints would keep its state."
+        return "The same command resumes after the last checkpoint."
+    return "The state is lost: --checkpoints would keep it."
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:
@@ -301,35 +319,56 @@ def parse_mesh(text: str) -> dict[str, int]:
         pairs = []
     sizes = dict(pairs)
     if not pairs or len(sizes) < len(pairs) or set(sizes) - set(AXES) or min(sizes.values()) < 1:
-        raise argparse.ArgumentTypeError(f"must be as data=2,model=4, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be like data=2,model=4, got {text!r}")
     return sizes
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.make_parser(__doc__, "a much smaller model and text")
     parser.add_argument(
-        "--mesh", type=parse_mesh, default="data=2,model=4", metavar="AXIS=SIZE,..."
+        "--mesh", type=parse_mesh, default="data=2,model=4", metavar="AXIS=SIZE,...",
+        help="devices for the examples (data) and for the classes (model) (default: data=2,model=4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=common.whole_number(1), default=1, metavar="COUNT",
+        help="processes: all are started here, unless --coordinator is given (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT",
+        help="where process 0 of a cluster runs (default: none; needs --process-id)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--process-id", type=common.whole_number(0), metavar="NUMBER",
+        help="which process of the cluster this is, from 0 (default: none; needs --coordinator)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER",
+        help="where to save the training, and resume it if the folder has a checkpoint "
+        "(default: none is saved)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--every", type=common.whole_number(1), metavar="STEPS",
+        help=f"steps between two checkpoints (default: {EVERY}; needs --checkpoints)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=common.whole_number(1),
+        help=f"steps of the training (default: {Config.steps}, or {language.QUICK.steps} with "
+        "--quick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=common.seed, default=0, help="seed of the model and the batches (default: 0)"
     )
-    parser.add_argument("--processes", type=int, default=1, help="on this machine, or in all")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs")
-    parser.add_argument("--process-id", type=int, help="of this process, from 0")
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="kept and resumed there")
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
-    parser.add_argument("--steps", type=int, help="updates of the model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()
 
-    for name in ("processes", "every", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
     if (args.coordinator is None) != (args.process_id is None):
         parser.error("--coordinator and --process-id must be given together")
-    if args.process_id is not None and not 0 <= args.process_id < args.processes:
+    if args.process_id is not None and args.process_id >= args.processes:
         parser.error(
             f"--process-id must be less than --processes, {args.processes}, got {args.process_id}"
         )
+    if args.every is not None and args.checkpoints is None:
+        parser.error("--every needs --checkpoints")
+    args.every = args.every or EVERY
     args.devices = math.prod(args.mesh.values())
     if args.devices % args.processes:
         parser.error(
@@ -343,6 +382,11 @@ def parse_arguments() -> argparse.Namespace:
             f"--mesh must divide the {args.config.batch} sequences of a batch evenly over data, "
             f"got data={args.mesh['data']}"
         )
+    if args.checkpoints is not None:
+        common.check_folder("--checkpoints", args.checkpoints)
+    axes = ",".join(f"{axis}={size}" for axis, size in args.mesh.items())
+    settings = ("processes", "quick", "steps", "seed")
+    args.picture = common.picture(parser, args, f"mesh-{axes}", *settings)
     return args
 
 
@@ -353,7 +397,7 @@ def main() -> None:
         return start_processes(args.processes, resumable)
 
     end_with_launcher()
-    # Before the backend starts. Of other platforms the devices are what they are.
+    # Before the backend starts. It only applies to CPUs.
     jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
     if args.coordinator is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -366,33 +410,41 @@ def main() -> None:
     mesh = make_mesh(args.mesh)
     console = Console(quiet=jax.process_index() > 0)
     began = time.perf_counter()
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    title = f"A transformer learns Python on a mesh ({shape})"
+    config, history, checkpoints = args.config, History([], {}, []), None
 
     try:
-        with console.status("Reading the standard library"):
-            corpus = language.load_corpus(args.config)
-        run = (args.seed, console, args.checkpoints, args.every)
-        history = train(corpus, args.config, mesh, *run)
+        with console.status("Reading the standard library; the first run encodes it"):
+            corpus = language.load_corpus(config)
+        config = dataclasses.replace(config, vocabulary=corpus.tokenizer.get_vocab_size())
+        if resumable:
+            checkpoints = open_checkpoints(args.checkpoints)
+        train(corpus, config, mesh, args.seed, console, history, checkpoints, args.every)
+    except KeyboardInterrupt:
+        if args.processes > 1:
+            print(f"Stopped. {advice(resumable)}", file=sys.stderr, flush=True)
+            os._exit(130)  # An orderly exit would wait for the other processes.
+        if checkpoints:
+            checkpoints.close()  # waits until the last one is saved
+        language.stopped(args.picture, history, config, title, f"\n{advice(resumable)}")
     except Exception:
         if args.processes == 1:
             raise
         traceback.print_exc()
         lost = f"Process {args.process_id} failed, or lost another: see above."
         print(lost, advice(resumable), file=sys.stderr, flush=True)
-        os._exit(1)  # An orderly exit would wait for the others.
+        os._exit(1)  # An orderly exit would wait for the other processes.
     if args.coordinator is not None:
-        jax.distributed.shutdown()  # all together, while process 0 has yet to draw
+        jax.distributed.shutdown()  # all processes together, before process 0 draws
     if console.quiet:
         return
 
-    path = args.out / "mesh.png"
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    title = f"A transformer learns Python on a mesh ({shape})"
-    config = dataclasses.replace(args.config, vocabulary=corpus.tokenizer.get_vocab_size())
-    language.draw(path, history, config, title)
+    language.draw(args.picture, history, config, title)
     language.show_figures({
         "mesh": f"{shape}, in {args.processes} process{'es' * (args.processes > 1)}",
         **language.figures(history, config, time.perf_counter() - began),
-        "curves": str(path),
+        "curves": str(args.picture),
     })  # fmt: skip
 
 

@@ -32,7 +32,7 @@ TIMEOUT = 120  # seconds, after which a run is ended
 def running(work: Path, *options: str) -> Iterator[subprocess.Popen]:
     """A run whose output is one stream. Whatever it left running is ended with it."""
     script = Path(__file__).with_name("train_tiny.py")
-    usual = ("--quick", f"--mesh={MESH}", f"--every={EVERY}", f"--out={work}")
+    usual = ("--quick", f"--mesh={MESH}", f"--out={work}")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     # Most of the time goes into compilation.
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -82,7 +82,7 @@ class Killed(NamedTuple):
 
 def kill(work: Path, folder: Path, processes: int, draws: random.Random) -> Killed:
     """Kills one of the processes of a run, soon after a random step."""
-    options = [f"--checkpoints={folder}", f"--processes={processes}"]
+    options = [f"--checkpoints={folder}", f"--every={EVERY}", f"--processes={processes}"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
@@ -114,7 +114,8 @@ class Resumed(NamedTuple):
 
 
 def resume(work: Path, folder: Path, processes: int, killed: str, undisturbed: str) -> Resumed:
-    output = finish(work, f"--checkpoints={folder}", f"--processes={processes}")
+    options = [f"--checkpoints={folder}", f"--every={EVERY}", f"--processes={processes}"]
+    output = finish(work, *options)
     found = re.search(r"Resumed after step (\d+)", output)
     resumed = int(found[1]) if found else 0
     before, after, want = losses(killed), losses(output), losses(undisturbed)

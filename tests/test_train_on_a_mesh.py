@@ -46,8 +46,9 @@ def one_device(work):
         patch.setenv("XDG_CACHE_HOME", str(work))
         corpus = language.load_corpus(CONFIG)
     model = language.Transformer(CONFIG, nnx.Rngs(0))
-    console = Console(quiet=True)
-    return language.train(model, corpus, language.LOSSES["fused"], CONFIG, 0, console)
+    history = language.History([], {}, [])
+    language.train(model, corpus, language.fused_loss, CONFIG, 0, Console(quiet=True), history)
+    return history
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -148,14 +149,15 @@ def test_checkpoints_of_other_settings_are_not_taken(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--mesh data=2;model=4", "argument --mesh: must be as data=2,model=4, got 'data=2;model=4'"),
-        ("--mesh data=2,tensor=4", "argument --mesh: must be as data=2,model=4"),
-        ("--mesh data=2,data=4", "argument --mesh: must be as data=2,model=4"),
-        ("--mesh data=0", "argument --mesh: must be as data=2,model=4"),
+        ("--mesh data=2;model=4", "argument --mesh: must be like data=2,model=4, got 'data=2;model=4'"),
+        ("--mesh data=2,tensor=4", "argument --mesh: must be like data=2,model=4"),
+        ("--mesh data=2,data=4", "argument --mesh: must be like data=2,model=4"),
+        ("--mesh data=0", "argument --mesh: must be like data=2,model=4"),
         ("--mesh data=3", "--mesh must divide the 8 sequences of a batch evenly over data, got data=3"),
         ("--mesh model=3 --processes 2", "--mesh must divide evenly over the 2 processes, got 3"),
-        ("--processes 0", "--processes must be at least 1, got 0"),
-        ("--every 0", "--every must be at least 1, got 0"),
+        ("--processes 0", "argument --processes: must be a whole number of at least 1, got '0'"),
+        ("--every 3", "--every needs --checkpoints"),
+        (f"--checkpoints {__file__}", f"--checkpoints must be a folder to write into, got {__file__}"),
         ("--process-id 0", "--coordinator and --process-id must be given together"),
         ("--coordinator host:1 --process-id 1", "--process-id must be less than --processes, 1, got 1"),
     ],
