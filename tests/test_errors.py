@@ -175,3 +175,12 @@ def test_forward_mode_without_its_rule_is_an_error_and_not_a_wrong_number(kind):
 
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(loss, (jnp.asarray(LOGITS),), (jnp.asarray(LOGITS),))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_an_interval_has_its_closed_ends_and_not_its_open_ones(kind):
+    for end in (0.0, 1.0):
+        assert np.all(np.isfinite(BOTH[kind](**good(kind), label_smoothing=end)))
+    for name in ("softcap", "temperature"):
+        with pytest.raises(ValueError, match=rf"{name} must lie in \(0, inf\), got inf"):
+            BOTH[kind](**good(kind), **{name: np.inf})
