@@ -247,3 +247,12 @@ def test_a_list_may_hold_traced_numbers():
         return BOTH["integer"](LOGITS[:2], IDS[:2], temperature=[t, 2.0])
 
     assert jax.eval_shape(loss, 1.0).shape == (2,)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_an_interval_has_its_closed_ends_and_not_its_open_ones(kind):
+    for end in (0.0, 1.0):
+        assert np.all(np.isfinite(BOTH[kind](**good(kind), label_smoothing=end)))
+    for name in ("softcap", "temperature"):
+        with pytest.raises(ValueError, match=rf"{name} must lie in \(0, inf\), got inf"):
+            BOTH[kind](**good(kind), **{name: np.inf})

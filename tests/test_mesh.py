@@ -317,6 +317,20 @@ def test_mistakes_with_shard_are_named(call, error, message):
         call(mesh)
 
 
+@pytest.mark.parametrize("kind", ["integer", "linear"])
+def test_of_several_axes_of_examples_the_first_is_split(kind):
+    """The devices divide no other. The labels of a head are distributions here."""
+    mesh, classes = make_mesh("4x2")
+    r = rng(13)
+    floats = {"logits": r.normal(size=(4, 3, 6)).astype(np.float32)}
+    rest = {"labels": r.integers(0, 6, (4, 3), dtype=np.int32)}
+    if kind == "linear":
+        sizes = {"hidden": (4, 3, 8), "kernel": (8, 6), "labels": (4, 3, 6)}
+        floats, rest = {k: r.normal(size=x).astype(np.float32) for k, x in sizes.items()}, {}
+    want = derivatives(FUNCTIONS[kind], floats, rest)
+    assert_close(derivatives(shard(FUNCTIONS[kind], mesh, classes=classes), floats, rest), want)
+
+
 # -- the promises of the conformance suite, at any size -----------------------------------------------
 
 # Those that a split can break; other tests of this file have shown the rest.
