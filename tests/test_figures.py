@@ -250,21 +250,21 @@ def readme_lines():
         float32, bfloat16 = (
             gradient(rows, "logits", shape, x)["ratio"] for x in ("float32", "bfloat16")
         )
-        return f"{float32:.2f} of optax's; bfloat16 {bfloat16:.2f}"
+        return f"{float32:.2f} × optax; bfloat16 {bfloat16:.2f} ×"
 
     def memory(ours, whole, unit, bits, digits=1):
         ours, whole = (row["temporary_bytes"] / 2**bits for row in (ours, whole))
-        return f"{ours:.{digits}f} {unit}, whole logits {whole:.{digits}f} {unit}"
+        return f"{ours:.{digits}f} {unit}; whole logits {whole:.{digits}f} {unit}"
 
     ours, whole = (gradient(cpu, "linear", (1024, 64, 32000), peer=x) for x in ("jax_sce", "naive"))
-    head = f"{ours['ratio']:.2f} of whole logits'", memory(ours, whole, "MiB", 20, 0)
+    head = f"{ours['ratio']:.2f} × whole logits", memory(ours, whole, "MiB", 20, 0)
     yield "CPU, two threads", logits(cpu, (512, 32000)), *head, "measured"
 
     ours, whole = (
         gradient(h100, "linear", (8192, 2304, 256000), "bfloat16", x) for x in ("jax_sce", "naive")
     )
     times = [f"{1e3 * row['seconds']['median']:.0f} ms" for row in (ours, whole)]
-    head = f"{times[0]}, whole logits {times[1]}", memory(ours, whole, "GiB", 30)
+    head = f"{times[0]}; whole logits {times[1]}", memory(ours, whole, "GiB", 30)
     yield "one NVIDIA H100", logits(h100, (8192, 128256)), *head, "measured"
 
     def head(rows, machine):
@@ -273,7 +273,7 @@ def readme_lines():
             for x in ("jax_sce", "naive")
         )
         bounds = [f"{1 / row['floor_fraction']:.2f}" for row in (ours, whole)]
-        time = f"{bounds[0]} of the products', whole logits {bounds[1]}"
+        time = f"{bounds[0]} × its products; whole logits {bounds[1]} ×"
         return time, memory(ours, whole, "GiB", 30), "compiled"
 
     for machine in ("v5p", "v6e"):
@@ -282,7 +282,7 @@ def readme_lines():
             for x in ("jax_sce", "optax")
         ]
         ours, optaxs = (f"{cost['passes']:.1f}" for cost in passes)
-        time = f"{ours} passes over memory, optax {optaxs}"
+        time = f"{ours} passes over memory; optax {optaxs}"
         yield f"TPU {machine}", time, *head(compiled, machine)
     yield "2 x 4 H100, each", "", *head(rows_of("compiled_mesh.json"), "h100")
 
