@@ -1,6 +1,8 @@
 """The benchmark: what it finds out, what it writes, and that nothing stops it. No time is asserted."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,17 +14,21 @@ import jsonschema
 import numpy as np
 import optax
 import pytest
-from support import exact_gradient, exact_loss, installed, wide
+from matplotlib.figure import Figure
+from rich.console import Console
+from support import covering, exact_gradient, exact_loss, installed, wide
 
 from jax_sce._hlo import Kernel, Product
-from jax_sce.benchmark import Quartiles, Row, _accelerators, compare
+from jax_sce.benchmark import Cost, Quartiles, Row, _accelerators, _scaling, compare
 from jax_sce.benchmark.__main__ import FOLDER, parse
 from jax_sce.benchmark._accelerators import ACCELERATORS
 from jax_sce.benchmark._cases import DTYPES, PASSES, SOFTCAP, Case, shape_text
 from jax_sce.benchmark._measure import round_robin
 from jax_sce.benchmark._peak import peak_bytes
-from jax_sce.benchmark._report import SCHEMA, geometric_means, is_right
-from jax_sce.benchmark._scaling import Plan, fitted_exponent, scaling
+from jax_sce.benchmark._plot import draw
+from jax_sce.benchmark._report import SCHEMA, Report, geometric_means, is_right
+from jax_sce.benchmark._scaling import Fit, Plan, fitted_exponent, scaling
+from jax_sce.benchmark._table import print_report
 from jax_sce.testing._oracle import exact
 
 pytestmark = pytest.mark.usefixtures("lax_promotion")  # the peers are not ours
@@ -86,8 +92,11 @@ def with_gradient(loss, change, argument):
 # -- what is right and what is wrong -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("subject", SHAPES)
+@pytest.mark.parametrize(
+    "subject", ["logits", *(pytest.param(s, marks=pytest.mark.thorough) for s in [*SHAPES][1:])]
+)
 def test_right_losses_are_timed(subject):
+    steps = []
     peers = ["naive", "jax_sce"] if subject == "linear" else ["optax", "jax_sce"]
     rows = compare(
         subject,
@@ -97,8 +106,19 @@ def test_right_losses_are_timed(subject):
         passes=PASSES[subject],
         peers=peers,
         rounds=2,
+        progress=lambda done, total, text: steps.append((done, total, text)),
     )
     assert len(rows) == len(PASSES[subject]) * (2 + len(peers))
+    assert {total for _, total, _ in steps} == {len(rows) + 2 * len(PASSES[subject])}
+    assert [done for done, *_ in steps] == sorted(done for done, *_ in steps)
+    what = f"{subject} {shape_text(SHAPES[subject])} float32 forward"
+    assert [text for *_, text in steps if text.endswith(what)] == [
+        f"drawing the inputs: {what}",
+        f"computing the float64 answer: {what}",
+        *(f"compiling {peer}: {what}" for peer in ("floor", *peers, "mine")),
+        f"timing: {what}",
+        f"timing: {what}",
+    ]
     for row in rows:
         assert (row.status, row.detail) == ("ok", "")
         assert row.seconds.low <= row.seconds.median <= row.seconds.high
@@ -108,13 +128,6 @@ def test_right_losses_are_timed(subject):
         assert (row.gradient_error is None) == (is_floor or "grad" not in row.pass_name)
         assert (row.compile_seconds is None) == (row.pass_name == "eager_forward" and not is_floor)
     assert {row.peer for row in rows if row.ratio == 1} == {peers[0]}
-
-
-@pytest.mark.parametrize("subject", SHAPES)
-def test_the_rounding_of_16_bits_is_not_wrong(subject):
-    rows = compare(subject, {"mine": LOSSES[subject]}, shapes=[SHAPES[subject]],
-                   dtypes=["bfloat16"], passes=["value_and_grad"], rounds=1)  # fmt: skip
-    assert {row.status for row in rows if row.peer in {"mine", *OURS}} == {"ok"}
 
 
 def a_tenth_too_large(g):
@@ -133,37 +146,37 @@ def last_class_lost(g):
     return g.at[:, -1].set(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("subject", "argument", "change"),
-    [
-        ("logits", 0, a_tenth_too_large),
-        ("logits", 0, without_the_softmax),
-        ("softcap", 0, without_the_softmax),
-        ("distributions", 0, a_tenth_too_large),
-        ("distributions", 0, without_the_labels),
-        ("linear", 0, a_tenth_too_large),
-        ("linear", 1, a_tenth_too_large),
-        ("linear", 1, last_class_lost),
-    ],
-)
-def test_a_wrong_gradient_is_wrong_and_not_fast(subject, argument, change, dtype):
-    loss = with_gradient(LOSSES[subject], lambda g: change(g).astype(g.dtype), argument)
-    row = compare_one(loss, subject, dtype)
-    assert row.status == "wrong"
-    assert row.detail.startswith("the gradient is off by")
-    assert (row.seconds, row.ratio, row.floor_fraction) == (None, None, None)
+CHANGES = {
+    "logits": [(0, a_tenth_too_large), (0, without_the_softmax)],
+    "softcap": [(0, without_the_softmax)],
+    "distributions": [(0, a_tenth_too_large), (0, without_the_labels)],
+    "linear": [(0, a_tenth_too_large), (1, a_tenth_too_large), (1, last_class_lost)],
+}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("subject", SHAPES)
-@pytest.mark.parametrize(
-    ("factor", "detail"), [(1.05, "the value is off"), (np.nan, "the value is not finite")]
-)
-def test_a_wrong_value_is_wrong(factor, detail, subject):
-    row = compare_one(lambda *args: factor * LOSSES[subject](*args), subject, pass_name="forward")
-    assert row.status == "wrong"
-    assert row.detail.startswith(detail)
-    assert row.seconds is None
+def test_rounding_is_not_wrong_and_what_is_wrong_is_not_timed(subject, dtype):
+    loss = LOSSES[subject]
+    wrong = {
+        f"{change.__name__}, {argument}": with_gradient(
+            loss, lambda g, change=change: change(g).astype(g.dtype), argument
+        )
+        for argument, change in CHANGES[subject]
+    }
+    wrong["value"] = lambda *args: 1.05 * loss(*args)
+    wrong["nan"] = lambda *args: np.nan * loss(*args)
+    known = [peer for peer in OURS if (peer, subject) != ("optax", "linear")]
+    _, *rows = compare(subject, {"right": loss, **wrong}, shapes=[SHAPES[subject]], dtypes=[dtype],
+                       passes=["value_and_grad"], peers=known, rounds=1)  # fmt: skip
+    right = len(known) + 1
+    assert {row.status for row in rows[:right]} == {"ok"}
+    assert [row.peer for row in rows[right:]] == list(wrong)
+    for row in rows[right:]:
+        assert row.status == "wrong"
+        assert (row.seconds, row.ratio, row.floor_fraction) == (None, None, None)
+        detail = {"value": "the value is off by", "nan": "the value is not finite"}
+        assert row.detail.startswith(detail.get(row.peer, "the gradient is off by"))
 
 
 def test_the_answers_that_all_are_compared_with():
@@ -323,12 +336,13 @@ def test_each_round_begins_with_the_next():
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
     rounds = []
 
-    def end_round():
+    def begin_round():
         rounds.append("".join(name for name, _ in groupby(order)))
         order.clear()
 
-    seconds = round_robin(runs, 4, end_round)
-    assert rounds == ["abc", "bca", "cab", "abc"]
+    seconds = round_robin(runs, 4, begin_round)
+    begin_round()
+    assert rounds == ["", "abc", "bca", "cab", "abc"]
     assert {len(samples) for samples in seconds.values()} == {4}
 
 
@@ -340,9 +354,9 @@ def test_one_slow_reading_does_not_decide_how_many_runs_the_next_ones_take(monke
         clock[0] += 2**-13 if calls else 2**-7
         calls.append("run")
 
-    ends = []
-    round_robin({"slow at first": slow_at_first}, 3, lambda: ends.append(len(calls)))
-    assert ends == [1, 2, 2 + 17]  # two milliseconds are 16.4 of the quick ones
+    begins = []
+    round_robin({"slow at first": slow_at_first}, 3, lambda: begins.append(len(calls)))
+    assert [*begins, len(calls)] == [0, 1, 2, 2 + 17]  # two milliseconds are 16.4 of the quick ones
 
 
 def test_exponents():
@@ -368,11 +382,13 @@ def test_only_our_own_faults_are_the_command_s():
 # -- the command -------------------------------------------------------------------------------------
 
 
+PLAN = Plan(features=8, examples=64, classes=128, over_classes=[128, 256], over_examples=[64, 128],
+            rounds=1, beyond_features=8, beyond_classes=4096, memory=2**24)  # fmt: skip
+
+
+@pytest.mark.thorough
 def test_scaling_shows_what_naive_cannot_hold():
-    plan = Plan(features=8, examples=64, classes=128, over_classes=[128, 256],
-                over_examples=[64, 128], rounds=1, beyond_features=8, beyond_classes=4096,
-                memory=2**24)  # fmt: skip
-    rows, fits = scaling(plan)
+    rows, fits = scaling(PLAN)
     assert {row.subject for row in rows} == {"scaling"}
     failed = [row for row in rows if row.status != "ok" and row.peer != "floor"]
     assert [(row.peer, row.shape) for row in failed] == [("naive", (768, 8, 4096))]
@@ -380,6 +396,33 @@ def test_scaling_shows_what_naive_cannot_hold():
     assert {(fit.cost, fit.size) for fit in fits if fit.peer == "jax_sce"} == {
         (cost, size) for cost in ("seconds", "temporary_bytes") for size in "VN"
     }
+
+
+def test_scaling_fits_what_grows_and_goes_beyond_the_memory(monkeypatch):
+    """Of costs that are given, here: time N V^2, and memory N."""
+    asked = []
+
+    def given(subject, *, shapes, peers, **options):
+        asked.append((shapes, options.get("memory_limit")))
+        return [
+            Row(subject, shape, "float32", "value_and_grad", peer, "ok",
+                seconds=Quartiles.of([1e-9 * shape[0] * shape[2] ** 2]), temporary_bytes=shape[0])
+            for shape in shapes for peer in ("floor", *peers)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(_scaling, "compare", given)
+    rows, fits = scaling(PLAN)
+    assert asked == [
+        ([(64, 8, 128), (64, 8, 256)], None),
+        ([(64, 8, 128), (128, 8, 128)], None),
+        ([(768, 8, 4096)], 2**24),  # the first multiple of 256 whose logits, twice, exceed it
+    ]
+    assert {row.subject for row in rows} == {"scaling"}
+    ours = {(fit.cost, fit.size): fit.exponent for fit in fits if fit.peer == "jax_sce"}
+    assert ours == {
+        ("seconds", "V"): pytest.approx(2), ("seconds", "N"): pytest.approx(1),
+        ("temporary_bytes", "V"): pytest.approx(0), ("temporary_bytes", "N"): pytest.approx(1),
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
@@ -401,24 +444,86 @@ def valid_report(path):
 
 
 def test_the_command(tmp_path):
-    shapes = ",".join(shape_text(shape) for shape in dict.fromkeys(SHAPES.values()))
-    command = [sys.executable, "-m", "jax_sce.benchmark", *SHAPES, "small", "--quick",
-               "--shapes", shapes, "--passes", "value_and_grad", "--rounds", "1",
+    command = [sys.executable, "-m", "jax_sce.benchmark", "logits", "small", "--quick",
+               "--shapes", "96x200", "--passes", "value_and_grad", "--rounds", "1",
                "--json", tmp_path / "report.json", "--plot", tmp_path / "pictures"]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     report = valid_report(tmp_path / "report.json")
-    assert {row["subject"] for row in report["rows"]} == {*SHAPES, "small"}
+    assert {row["subject"] for row in report["rows"]} == {"logits", "small"}
     assert {row["status"] for row in report["rows"] if row["peer"] in OURS} == {"ok"}
     assert report["import_seconds"]["median"] > 0
 
-    for subject in SHAPES:
-        picture = (tmp_path / "pictures" / f"{subject}.png").read_bytes()
-        assert picture.startswith(b"\x89PNG")
-    assert "jax_sce, linear float32:" in ended.stdout
+    picture = (tmp_path / "pictures" / "logits.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert "logits float32: jax_sce takes" in ended.stdout
+    assert "floor, losses on logits: a pass that only negates the logits" in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) <= max(80, len(str(tmp_path)) + 40)
     for packages in report["missing"].values():
         for package in packages:
             assert package in ended.stdout
+
+
+def made_up(subject, shape, dtype="float32", **more):
+    """A row of each of many peers, with figures as wide as they get."""
+    return [
+        Row(subject, shape, dtype, "value_and_grad", peer, "ok", ratio=12.34, compile_seconds=12.34,
+            seconds=Quartiles(1.1111 * i, 1.2222 * i, 1.3333 * i), floor_fraction=3 / i,
+            temporary_bytes=2**33 + i, peak_bytes=2**33 + i, value_error=1e-7, **more)
+        for i, peer in enumerate(("floor", "naive", "jax_sce", "tokamax chunked_xla"), 1)
+    ]  # fmt: skip
+
+
+def test_80_columns_suffice(monkeypatch, capsys):
+    cost = Cost(10**12, 10**15, 1234, 12.345, 1.2345, 10**12, 10**12, 123.456)
+    rows = [
+        *made_up("linear", (32768, 4096, 128256)),
+        *made_up("logits", (8192, 128256), machine="h100", cost=cost),
+        *made_up("linear", (32768, 4096, 128256), machine="v5p", mesh=(16, 16), cost=cost),
+        Row("logits", (8, 10), "float32", "forward", "naive", "wrong", "the value is off"),
+    ]
+    file = io.StringIO()
+    fits = [Fit("jax_sce", "seconds", "V", 1.0)]
+    report = Report([], rows, {"linear": ["tokamax", "torch"]}, fits, None, 1.0)
+    print_report(Console(file=file, width=80), report)
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "time / floor below 1: the pass writes less than the floor does" in text
+    assert "8x10, naive: wrong, the value is off" in text
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--help"])
+    with pytest.raises(SystemExit):
+        parse()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_picture_of_one_size_has_bars_and_of_several_lines(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+
+    one = [row for dtype in DTYPES for row in made_up("linear", (512, 64, 8192), dtype)]
+    several = [row for n in (64, 128, 256) for row in made_up("logits", (n, 32 * n))]
+    growing = [row for n in (64, 128) for row in made_up("scaling", (64, 8, n))]
+    assert [path.name for path in draw([*one, *several, *growing], tmp_path)] == [
+        "logits.png", "linear.png", "scaling.png"
+    ]  # fmt: skip
+    lines, bars, _ = figures
+    peers = {"naive", "jax_sce", "tokamax chunked_xla"}
+    time, memory = bars.axes[0], bars.axes[1]
+    assert [len(each.patches) for each in (time, memory)] == [3, 3]
+    assert {tick.get_text() for tick in time.get_yticklabels()} == peers
+    assert [len(line.get_xdata()) for line in time.lines] == [2]  # the floor, across the bars
+    for axes in lines.axes:
+        assert not axes.patches
+        low, high = axes.get_ylim()
+        shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert len(shown) > 1
+        assert all(len(line.get_xdata()) == 3 for line in axes.lines)
+    for figure in figures:
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert labels[-1].startswith("floor: ")
 
 
 def test_importing_brings_no_more_than_is_used():
@@ -436,8 +541,7 @@ print(*{"optax", "rich", "matplotlib", "torch", "tokamax"} & set(sys.modules))
 # -- compiled for machines that are not here -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [None, (2, 4)])
-@pytest.mark.parametrize("subject", SHAPES)
+@pytest.mark.parametrize(("subject", "mesh"), covering(list(SHAPES), [None, (2, 4)], strength=1))
 def test_losses_of_one_s_own_are_compiled(subject, mesh):
     installed(ACCELERATORS["h100"], 8)
     shape = (4096, 64, 8192) if subject == "linear" else (4096, 8192)
@@ -505,9 +609,8 @@ def test_bad_arguments_of_what_is_compiled_are_named(arguments, message):
 @pytest.mark.parametrize(("machine", "package"), [("h100", "jax-cuda13-plugin"), ("v5p", "libtpu")])
 def test_what_is_not_installed_is_said_with_the_command(machine, package, monkeypatch):
     monkeypatch.setattr(_accelerators, "_has_package", lambda _: False)
-    with pytest.raises(
-        ModuleNotFoundError, match=f'{machine} needs {package}: pip install -e ".\\[compiled'
-    ):
+    message = f'{machine} needs {package}: python -m pip install -e ".[compiled]"'
+    with pytest.raises(ModuleNotFoundError, match=re.escape(message)):
         compare("logits", machines=[machine])
 
 
@@ -526,7 +629,7 @@ def test_a_bound_is_that_of_the_slower_of_memory_and_products():
 def test_the_command_compiles(tmp_path):
     installed(ACCELERATORS["h100"], 8)
     command = [sys.executable, "-m", "jax_sce.benchmark", "compiled", "--for", "h100", "--quick",
-               "--mesh", "2x4", "--peers", "naive,jax_sce", "--shapes", "4096x8192,4096x64x8192",
+               "--mesh", "2x4", "--peers", "jax_sce", "--shapes", "4096x8192,4096x64x8192",
                "--json", tmp_path / "report.json", "--plot", tmp_path]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

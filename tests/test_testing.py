@@ -1,15 +1,36 @@
-"""`assert_matches_reference` passes what is right and fails the mistakes that others made."""
+"""`assert_matches_reference` passes right losses and fails the mistakes that others made; the
+reproductions, the command and the tables of the conformance suite."""
 
+import code
 import functools
+import io
+import re
+import shlex
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 from support import BOTH, DENSE, INTEGER, cotangents, covering, one_hot, rng
 
-from jax_sce.testing import assert_matches_reference, collectives
+from jax_sce._command import require, showing_progress
+from jax_sce.testing import (
+    Report,
+    Result,
+    __main__ as command,
+    assert_matches_reference,
+    collectives,
+    conformance,
+)
+from jax_sce.testing.__main__ import cannot_call, parse
+from jax_sce.testing._candidate import Candidate
+from jax_sce.testing._peers import PEERS, report_of
+from jax_sce.testing._promises import PROMISES
+from jax_sce.testing._table import markdown, print_report, print_side_by_side
 
 N, V = 6, 5
 LOGITS = rng(60).normal(size=(N, V)).astype(np.float32)
@@ -232,3 +253,219 @@ def test_collectives_counts_all_that_is_sent(line, size):
 
     (found,) = collectives(Program())
     assert (found.bytes, found.in_loop) == (size, False)
+
+
+# -- the conformance suite's reproductions -------------------------------------------------------------
+
+
+USUAL = "jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]"
+HEAD = USUAL.replace("logits", "(hidden @ kernel)")
+WIDENED = HEAD.replace("hidden @ kernel", "hidden @ kernel.astype(jnp.float32)")
+
+# The kind, the loss, and promises that it breaks.
+BROKEN = {
+    "each": ("integer", f"lambda logits, labels: {USUAL}",
+             ["confident rows", "bad labels", "residuals", "bad input"]),
+    "a mean": ("integer", f"lambda logits, labels: jnp.mean({USUAL})",
+               ["confident rows", "bfloat16", "residuals"]),
+    "a scaled mean": ("integer", f"lambda logits, labels: 1.01 * jnp.mean({USUAL})",
+                      ["values", "uneven batches"]),
+    "a mean with weights": (
+        "integer", f"lambda logits, labels, weights=1: jnp.sum({USUAL} * weights) / len(labels)",
+        ["weights of zero"],
+    ),
+    "raises": ("integer", f"lambda logits, labels: {USUAL} if len(labels) == 3 else 1 / 0",
+               ["jit", "vmap"]),
+    "a head": ("linear", f"lambda hidden, kernel, labels: {HEAD}",
+               ["confident rows", "residuals", "memory"]),
+    "a head's mean": ("linear", f"lambda hidden, kernel, labels: jnp.mean({HEAD})",
+                      ["confident rows", "residuals"]),
+    "a widened head": ("linear", f"lambda hidden, kernel, labels: {WIDENED}", ["products"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "loss", "promises"), BROKEN.values(), ids=BROKEN)
+def test_a_reproduction_pasted_into_python_shows_the_failure(
+    kind, loss, promises, capsys, lax_promotion
+):
+    source = f"loss = jax.jit({loss})"
+    names = {"jax": jax, "jnp": jnp}
+    exec(source, names)
+    report = conformance(names["loss"], kind, promises=promises, source=source)
+    assert [result.promise for result in report.broken] == promises
+    for result in report.broken:
+        lines = result.reproduce.splitlines()
+        for line in lines:  # an interactive prompt takes each line as it comes
+            assert code.compile_command(line)
+        call, _, comment = lines[-1].partition("  # ")
+        assert call.startswith("print(")
+        if comment.startswith("raises "):
+            with pytest.raises(Exception, match=re.escape(comment.partition(": ")[2])):
+                exec(result.reproduce, {})
+            continue
+        exec(result.reproduce, {})
+        printed = capsys.readouterr().out.strip()
+        if comment.startswith("gives "):
+            assert comment.startswith(f"gives {printed}, expected ")
+        else:
+            assert comment.endswith(": accepted, expected an error")
+
+
+def test_the_shown_number_is_the_faulty_one():
+    report = conformance(
+        lambda z, y: INTEGER(z, y) * jnp.where(jnp.arange(len(y)) == 4, 1.5, 1), promises=["values"]
+    )
+    assert report["values"].detail.startswith("[4] gives ")
+    assert "print(loss(logits, labels)[4])  # gives " in report["values"].reproduce
+
+
+# -- the command ---------------------------------------------------------------------------------------
+
+
+def parsed(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["testing", *map(str, arguments)])
+    return parse()
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "hint"),
+    [
+        ("optax:softmax_cross_entropy", "integer", "It works with --kind dense"),
+        ("optax:softmax_cross_entropy_with_integer_labels", "dense", "works with --kind integer"),
+        ("jax_sce:linear_softmax_cross_entropy", "integer", "It works with --kind linear"),
+        ("{folder}/losses.py:head", "integer", "--kind linear --arguments hidden,labels,kernel.T"),
+        ("{folder}/losses.py:nothing_like_it", "integer", None),
+    ],
+)
+def test_a_wrong_kind_is_recognised(address, kind, hint, tmp_path, lax_promotion):
+    (tmp_path / "losses.py").write_text(
+        "import jax_sce\n"
+        "def head(x, labels, embedding):\n"
+        "    return jax_sce.linear_softmax_cross_entropy(x, embedding.T, labels)\n"
+        "def nothing_like_it(x):\n"
+        "    return x\n"
+    )
+    candidate = Candidate(address.format(folder=tmp_path), kind)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        report_of(candidate, "loss")
+    text = cannot_call(candidate, raised.value)
+    assert f"called with kind {kind}, raises {type(raised.value).__name__}" in text
+    assert hint in text if hint else "It works" not in text
+    kind_alone = hint is not None and "--arguments" not in hint
+    assert hasattr(raised.value, "__notes__") == kind_alone
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("losses.py", "the loss must be like module:function or file.py:function, got"),
+        ("gone.py:loss", "there is no file"),
+        ("losses.py:gone", "does not define 'gone'"),
+        ("losses.py:number", "must be callable, got int"),
+        ("broken.py:loss", "cannot be imported: out of ideas"),
+        ("losses:loss", "there is no file"),
+    ],
+)
+def test_a_file_is_refused_in_one_line(loss, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "losses.py").write_text("number = 3\n")
+    (tmp_path / "broken.py").write_text("raise RuntimeError('out of ideas\\nand of lines')\n")
+    with pytest.raises(SystemExit) as ended:
+        parsed(monkeypatch, tmp_path / loss)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_with_any_name_is_accepted(tmp_path, monkeypatch):
+    file = tmp_path / "my-losses.py"
+    file.write_text("from jax_sce import softmax_cross_entropy_with_integer_labels as loss\n")
+    candidate = parsed(monkeypatch, f"{file}:loss", "--set", "z_loss=0.5").candidate
+    names = {}
+    exec(candidate.source, names)
+    with jax.numpy_dtype_promotion("standard"):
+        assert names["loss"](LOGITS, IDS).tolist() == INTEGER(LOGITS, IDS, z_loss=0.5).tolist()
+    assert "weights" in candidate.loaded.options
+
+
+def test_a_loss_has_the_same_verdict_alone_and_in_the_table(monkeypatch, lax_promotion):
+    promises = ["one class", "absent classes", "residuals"]
+    monkeypatch.setattr(command, "PEERS", [p for p in PEERS if p.package == "optax"])
+    together = command.known_losses(promises, lambda *step: None)
+    for peer, report in zip(command.PEERS, together, strict=True):
+        args = parsed(monkeypatch, *shlex.split(peer.candidate.options))
+        assert args.candidate == peer.candidate
+        assert report_of(args.candidate, peer.name, promises) == report
+    dense = together[1]["absent classes"]
+    assert (dense.status, "safe_softmax_cross_entropy" in dense.documented) == ("fail", True)
+
+
+def test_every_known_loss_can_be_named_on_the_command_line():
+    for peer in PEERS:
+        loss, *rest = shlex.split(peer.candidate.options)
+        assert loss == peer.candidate.address
+        assert len(rest) % 2 == 0
+
+
+def test_progress_names_the_compiling():
+    steps = []
+    conformance(INTEGER, promises=["one class", "jit"], progress=lambda *step: steps.append(step))
+    assert steps == [
+        (0, 2, "compiling the first call"),
+        (0, 2, "compiling and checking: one class"),
+        (1, 2, "compiling and checking: jit"),
+    ]
+
+
+def test_progress_is_lines_outside_a_terminal(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with showing_progress() as show:
+        for second, text in enumerate(["a", "b", "c", "d", "e", "f", "g"]):
+            clock[0] = second
+            show(second, 7, text)
+    assert capsys.readouterr().err == "[0/7] a\n[5/7] f\n"
+
+
+def test_a_missing_package_is_said_with_the_command():
+    with pytest.raises(SystemExit) as ended:
+        require(["jax", "no_such_package"], "testing")
+    assert (
+        ended.value.code
+        == 'no_such_package is not installed: python -m pip install -e ".[testing]"'
+    )
+
+
+def synthetic(name):
+    results = [
+        Result(p.name, p.says, ["pass", "fail", "fail", "not applicable"][i % 4], 1e-9, 1e-5,
+               "gives 1.23456789, expected 2.3456789", p.broken, "print(loss(logits))",
+               "its documentation says so" if i % 4 == 2 else "")
+        for i, p in enumerate(PROMISES)
+    ]  # fmt: skip
+    return Report(name, "integer", tuple(results))
+
+
+def test_80_columns_suffice(monkeypatch, capsys):
+    file = io.StringIO()
+    console = Console(file=file, width=80)
+    print_report(console, synthetic("my_package.losses:softmax_cross_entropy_with_integer_labels"))
+    print_side_by_side(console, [synthetic(peer.name) for peer in PEERS])
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "(no)" in text
+    for promise in PROMISES:
+        assert promise.name in text
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--help")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_table_of_a_page_has_a_row_for_each_broken_promise():
+    lines = markdown([synthetic("a"), synthetic("b")]).splitlines()
+    assert lines[0] == "| | a | b |"
+    assert lines[2:4] == ["| gradients | no | no |", "| cotangents | documented | documented |"]
+    assert lines[-1].startswith("Kept wherever they apply: values, ")

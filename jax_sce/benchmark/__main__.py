@@ -12,7 +12,15 @@ from typing import Any
 
 import jax
 
-from .._command import check_folder, check_known, is_installed, make_console, silence_tokamax
+from .._command import (
+    Parser,
+    check_folder,
+    check_known,
+    make_console,
+    require,
+    showing_progress,
+    silence_tokamax,
+)
 from . import __doc__ as METHOD
 from ._accelerators import ACCELERATORS, prepare
 from ._cases import DTYPES, PASSES, default_shapes, rank
@@ -22,18 +30,35 @@ from ._plot import draw
 from ._report import Report, is_right
 from ._row import Row
 from ._scaling import Fit, full_plan, quick_plan, scaling
-from ._small import import_seconds, small
+from ._small import SHAPES, import_seconds, small
 from ._table import print_report
 
-NEEDED = ("optax", "rich", "matplotlib")  # by the command
-
 USUAL = ("logits", "distributions", "linear")  # if no subject is named
-COMPARED = ("logits", "softcap", "distributions", "linear")  # also what `compiled` compiles
+COMPARED = ("logits", "softcap", "distributions", "linear")  # `compiled` compiles all of them
 SUBJECTS = (*COMPARED, "compiled", "scaling", "small")
 MACHINES = ("h100", "v5p", "v6e")
 
 ROUNDS, QUICK_ROUNDS = 5, 3
-FOLDER = Path("jax_sce-benchmark")  # where the report and the pictures go if nobody says
+FOLDER = Path("jax_sce-benchmark")  # for the report and the pictures, by default
+DESCRIPTION = f"""\
+Measure the losses on this machine, beside those of other libraries. It takes
+about five minutes on a CPU, with --quick less than one.
+
+  python -m jax_sce.benchmark
+  python -m jax_sce.benchmark linear --shapes 1024x64x32000
+  python -m jax_sce.benchmark compiled --for h100
+
+Subjects:
+  logits         labels are class ids; logits [N, V]
+  distributions  labels are distributions [N, V]
+  linear         a fused head: hidden states [N, D] and a kernel [D, V]
+  softcap        logits with a soft-cap
+  small          small inputs: calls, compilation, import
+  scaling        how time and memory of a head grow with N and V
+  compiled       nothing is measured: programs are compiled for other machines,
+                 and their cost is read from them
+
+The exit status is 1 if a result of jax_sce is wrong or fails."""
 QUICK: dict[str, dict[str, Any]] = {
     "logits": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
     "softcap": {"shapes": [(256, 32000)], "dtypes": ["float32"]},
@@ -44,26 +69,14 @@ QUICK_COMPILED: dict[str, Any] = {"dtypes": ["bfloat16"], "passes": ["value_and_
 
 
 def main() -> int:
-    if absent := [name for name in NEEDED if not is_installed(name)]:
-        sys.exit(f'{", ".join(absent)} must be installed: pip install "jax_sce[benchmark]"')
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    require(["optax", "rich", "matplotlib"], "benchmark")
     set_environment()
     args = parse()
-    console = make_console()
     begin = time.perf_counter()
     rows: list[Row] = []
     fits: list[Fit] = []
     import_time = None
-    columns = [BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(
-        *columns, TextColumn("{task.description}"), console=console, transient=True
-    ) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            progress.update(task, completed=done, total=total, description=text)
-
+    with showing_progress() as show:
         for subject in args.subjects:
             if subject == "compiled":
                 found = []
@@ -72,13 +85,14 @@ def main() -> int:
             elif subject == "scaling":
                 found, fits = scaling(quick_plan() if args.quick else full_plan(), show)
             elif subject == "small":
-                found = small(args.rounds, show)
-                progress.update(task, description="import jax_sce")
+                found = small(args.rounds, SHAPES[:1] if args.quick else SHAPES, show)
+                show(0, 1, "timing import jax_sce in fresh processes")
                 import_time = import_seconds(args.rounds)
             else:
                 found = compare(subject, **args.options[subject], progress=show)
             rows += found
 
+    console = make_console()
     report = Report(
         command=sys.argv[1:],
         rows=rows,
@@ -90,10 +104,10 @@ def main() -> int:
     print_report(console, report)
     if args.json:
         args.json.write_text(report.to_json())
-        console.print(f"Written to {args.json}")
+        console.print(f"Written to {args.json}", markup=False, soft_wrap=True)
     if args.plot:
         for path in draw(rows, args.plot):
-            console.print(f"Drawn to {path}")
+            console.print(f"Drawn to {path}", markup=False, soft_wrap=True)
     return 0 if is_right(rows) else 1
 
 
@@ -111,47 +125,67 @@ def platform_of(machine: str) -> str:
 
 
 def set_environment() -> None:
-    """What has to be said before JAX's devices and PyTorch start."""
-    # The idle threads of PyTorch's OpenMP would spin, on cores that the next peer is to have.
+    """Must be called before JAX's devices and PyTorch start."""
+    # Otherwise idle OpenMP threads of PyTorch would spin on the cores that the next peer needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # JAX would take most of a GPU's memory for itself, and PyTorch has to run beside it.
+    # Otherwise JAX would take most of a GPU's memory, and PyTorch has to run beside it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    silence_tokamax()  # lest it speak in the midst of the progress display
+    silence_tokamax()
     if "compiled" in sys.argv:
         prepare()
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = (
-            "2"  # XLA warns of stack frames, a line for each operation
-        )
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # else XLA logs a line for each operation
 
 
 # -- the command line --------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jax_sce.benchmark",
-        description="Measure the losses on this machine, beside those of other libraries.",
+        usage="python -m jax_sce.benchmark [SUBJECT ...] [options]",
+        description=DESCRIPTION,
         epilog=METHOD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT",
+                        help=f"any of those above; the default is {', '.join(USUAL)}")  # fmt: skip
     parser.add_argument(
-        "subjects", nargs="*", metavar="subject",
-        help=f"any of {', '.join(SUBJECTS)}; without one {', '.join(USUAL)}",
+        "--shapes", metavar="SHAPES",
+        help="measure these shapes: NxV for losses on logits, NxDxV for linear, separated by "
+        "commas, for example 1024x32000,512x64x8192",
     )  # fmt: skip
-    parser.add_argument("--shapes", help="NxV for logits and distributions, NxDxV for linear: "
-                        "1024x32000,512x64x8192")  # fmt: skip
-    parser.add_argument("--dtypes", help=", ".join(DTYPES))
-    parser.add_argument("--passes", help=", ".join(PASSES["logits"]) + "; all but the last")
-    parser.add_argument("--peers", help="their names, as the table shows them")
-    parser.add_argument("--for", dest="machines", metavar="MACHINES", help="of compiled: any of "
-                        f"{', '.join(ACCELERATORS)}; without it {','.join(MACHINES)}")  # fmt: skip
-    parser.add_argument("--mesh", metavar="AxB", help="of compiled: A devices split the examples, B "
-                        "the classes; without it there is one")  # fmt: skip
-    parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, or with --quick {QUICK_ROUNDS}")
-    parser.add_argument("--quick", action="store_true", help="all of it, much smaller")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to this file")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into this folder; "
-                        f"without --json and --plot both go to {FOLDER}/")  # fmt: skip
+    parser.add_argument("--dtypes", metavar="DTYPES",
+                        help=f"measure in these dtypes; the default is {','.join(DTYPES)}")  # fmt: skip
+    parser.add_argument(
+        "--passes", metavar="PASSES",
+        help="measure these passes: forward, the mean loss; value_and_grad, with its gradients; "
+        "donated_gradient, the gradient written over the logits; eager_forward, without jax.jit; "
+        "the default is all but the last",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", metavar="NAMES",
+        help="compare only these losses, by the names in the table, separated by commas",
+    )  # fmt: skip
+    parser.add_argument(
+        "--for", dest="machines", metavar="MACHINES",
+        help=f"for compiled: the machines, any of {', '.join(ACCELERATORS)}; the default is "
+        f"{','.join(MACHINES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mesh", metavar="AxB",
+        help="for compiled: A devices split the examples and B the classes; the default is one device",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, metavar="N",
+        help=f"time each pass in N rounds; the default is {ROUNDS}, with --quick {QUICK_ROUNDS}",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="the same with few small shapes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FOLDER",
+        help="draw pictures into this folder; without --json and --plot the report and the pictures "
+        f"go to {FOLDER}/",
+    )  # fmt: skip
     args = parser.parse_args()
     try:
         interpret(args)
@@ -161,10 +195,10 @@ def parse() -> argparse.Namespace:
 
 
 def interpret(args: argparse.Namespace) -> None:
-    """Replaces the texts of the options by what they mean.
+    """Replaces the texts of the options by their values.
 
     Raises:
-      ValueError: One of them means nothing; the message says which.
+      ValueError: An option has no such value; the message names it.
     """
     args.shapes = [parse_shape(text) for text in words(args.shapes)]
     args.dtypes = words(args.dtypes)
@@ -210,14 +244,14 @@ def interpret(args: argparse.Namespace) -> None:
 
 
 def compare_options(args: argparse.Namespace, subject: str) -> dict[str, Any]:
-    """What `compare` is to be told of a subject that is measured here."""
+    """The arguments of `compare` for a subject that is measured here."""
     peers = [peer.name for peer in all_peers(subject, jax.default_backend())]
     usual = QUICK[subject] if args.quick else {"peak": True}
     return {**usual, **selected(args, subject, peers), "rounds": args.rounds}
 
 
 def compiled_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The same for each subject that `compiled` compiles: those that the options fit."""
+    """The arguments of `compare` for each subject that `compiled` compiles and that has the options."""
     options = {}
     for subject in COMPARED:
         usual: dict[str, Any] = {}
@@ -235,7 +269,7 @@ def compiled_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def selected(args: argparse.Namespace, subject: str, peers: Sequence[str]) -> dict[str, Any]:
-    """Of the shapes, passes, peers and dtypes that were asked for, those that the subject has."""
+    """The shapes, passes, peers and dtypes that were asked for and that the subject has."""
     asked = {
         "shapes": (args.shapes, shapes_of(subject, args.shapes)),
         "passes": (args.passes, [p for p in args.passes if p in PASSES[subject]]),

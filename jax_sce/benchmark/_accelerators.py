@@ -1,4 +1,4 @@
-"""The accelerators that XLA compiles for without one, and the time that each allows a program.
+"""The accelerators that XLA can compile for without having one, and a bound of a program's time there.
 
 Bandwidths and rates of dense matrix products are those of the makers' data sheets (NVIDIA's
 H100 SXM, H200 and HGX B200; Google Cloud's TPU v5p, v6e and v5e). A product of float32 takes JAX's
@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._command import how_to_install
 from .._hlo import Kernel
 
-INSTALL = 'pip install -e ".[compiled]"'
 _MOST_DEVICES = 256
 _WITHOUT_TPU = {  # so that libtpu neither asks about one nor locks it
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -37,12 +37,12 @@ class Accelerator:
     config: str = ""  # of GPUs, what XLA chooses kernels by
 
     def devices(self, count: int) -> Sequence[Any]:
-        """So many of them, to compile for.
+        """This many devices, to compile for.
 
         Raises:
-          ModuleNotFoundError: What is needed is not installed.
-          RuntimeError: JAX has started without it.
-          ValueError: There is no machine of so many.
+          ModuleNotFoundError: The compiler is not installed.
+          RuntimeError: JAX has started without the compiler.
+          ValueError: There is no machine with this many.
         """
         from jax.experimental import topologies
 
@@ -78,7 +78,7 @@ class Accelerator:
         elif not (_has_package("nvidia-cuda-nvcc") or shutil.which("ptxas")):
             absent = "nvidia-cuda-nvcc"
         if absent:
-            raise ModuleNotFoundError(f"{self.name} needs {absent}: {INSTALL}")
+            raise ModuleNotFoundError(f"{self.name} needs {absent}: {how_to_install('compiled')}")
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -88,8 +88,8 @@ class Accelerator:
         return options if is_gpu else {}
 
     def seconds(self, kernels: Sequence[Kernel]) -> float | None:
-        """The least that these take one after the other: each moves its bytes and multiplies at once.
-        None if the operations of one are not known."""
+        """The least time of these kernels, one after the other: each moves its bytes and multiplies at
+        once. None if the operations of one are not known."""
         if any(kernel.opaque for kernel in kernels):
             return None
         return sum(
@@ -154,8 +154,8 @@ ACCELERATORS = {
 
 
 def prepare() -> None:
-    """Sets in the environment what JAX needs to know before it starts: it loads the CUDA plugin without
-    NVIDIA's libraries, and libtpu without a TPU."""
+    """Sets the environment variables by which JAX loads the CUDA plugin without NVIDIA's libraries, and
+    libtpu without a TPU. To be called before JAX starts."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if not any(Path("/dev").glob("accel*")) and not any(Path("/dev/vfio").glob("[0-9]*")):
         for name, value in _WITHOUT_TPU.items():

@@ -114,9 +114,13 @@ class Case:
         drawn = zip(_draw(self.subject, self.shape), self.arguments(), strict=True)
         return jax.block_until_ready(tuple(jnp.asarray(x).astype(like.dtype) for x, like in drawn))
 
+    def answer(self) -> "_Expected":
+        """The float64 answer, computed once for a shape."""
+        return _expected(self.subject, self.shape)
+
     def check(self, value: Any, gradients: Sequence[Any]) -> "Errors":
         """The errors of a pass's answer, in arrays of JAX or PyTorch."""
-        expected = _expected(self.subject, self.shape)
+        expected = self.answer()
         sample = expected.sample
         gradients = [jnp.from_dlpack(x) for x in gradients]
         value_error = gradient_error = None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._command import check_known
+from .._command import Progress, Steps, check_known
 from ._accelerators import ACCELERATORS
 from ._cases import (
     PASSES,
@@ -27,7 +27,7 @@ from ._measure import Quartiles, round_robin
 from ._peak import peak_bytes
 from ._peers import BASELINE, Peer, choose, import_packages
 from ._programs import Loss, Run, floor_program
-from ._row import FLOOR, Progress, Row, Steps, failed, related
+from ._row import FLOOR, Row, failed, related
 
 
 def compare(
@@ -45,38 +45,39 @@ def compare(
     memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Compare losses, yours among them: time, memory and error, as `jax_sce.benchmark` tells.
+    """Compare losses, yours among them: time, memory and error. `jax_sce.benchmark` has the method.
 
-    With `machines` nothing is run: the passes are compiled for these, and a row's `cost` and its bound
-    of the time are read from the program.
+    With `machines` nothing runs: the passes are compiled for these machines, and each row's `cost` and
+    bound of the time are read from the program.
 
     Args:
       subject: "logits", with labels [N]; "softcap", the same with logits capped at 30; "distributions",
         logits with labels [N, V]; or "linear".
-      losses: Your own, by name: `fn(logits, labels)`, or `fn(hidden, kernel, labels)`, which give the
-        mean loss or that of each example and can be traced by JAX.
-      shapes: (N, V) each, or (N, D, V); None for the subject's usual ones on this platform.
-      dtypes: "float32", "bfloat16"; None for both, and on accelerators for bfloat16 heads.
-      passes: "forward", "value_and_grad", "donated_gradient" (not of heads), "eager_forward" (not
-        compiled); None for all but the last.
-      peers: Their names; None for all that are installed.
+      losses: Your own, by name: `fn(logits, labels)` or `fn(hidden, kernel, labels)`, which JAX can
+        trace and which return the mean loss or the loss of each example.
+      shapes: Tuples (N, V), or (N, D, V) for "linear"; None for the usual ones on this platform.
+      dtypes: "float32", "bfloat16"; None for both, or for bfloat16 alone with heads on accelerators.
+      passes: "forward", "value_and_grad", "donated_gradient" (not for heads), "eager_forward" (without
+        `jax.jit`); None for all but the last.
+      peers: The names of the losses to compare with; None for all that are installed.
       machines: Any of "h100", "h200", "b200", "v5e", "v5p", "v6e", to compile for; None to measure on
-        this one. Needs `pip install -e ".[compiled]"` of a checkout.
-      mesh: Of each of them: how many devices split the examples, and how many the classes. None for
-        one device.
-      rounds: How many times each is timed.
-      peak: Also measure the peak of resident memory, on CPU, of value_and_grad at the largest
-        shape in the first dtype; not that of `losses`, which a fresh process does not have.
-      memory_limit: Bytes; what needs more is not run. None for the memory that is free.
-      progress: Called with the number of steps done, that of all, and what the next one does.
+        this one. Needs, in a checkout, `python -m pip install -e ".[compiled]"`.
+      mesh: The number of devices that split the examples, and of those that split the classes. None
+        for one device.
+      rounds: How often each pass is timed.
+      peak: Also measure the peak of resident memory, on CPU, of value_and_grad at the largest shape in
+        the first dtype; not for `losses`, which a fresh process does not have.
+      memory_limit: Bytes; a pass that needs more is not run. None for the memory that is free.
+      progress: Called before each step with the number of steps done, the number of all, and a
+        description of the next.
 
     Returns:
       A row for each shape, dtype, pass and peer, and for the floor, in this order.
 
     Raises:
       ValueError: An argument is none of those above; the message names it.
-      ModuleNotFoundError: What compiles for a machine is not installed; the message gives the command.
-      RuntimeError: JAX was used before, and started without what compiles for a machine.
+      ModuleNotFoundError: The compiler for a machine is not installed; the message gives the command.
+      RuntimeError: JAX was used before, and started without the compiler for a machine.
 
     Example:
       >>> import optax
@@ -115,8 +116,8 @@ def compare(
         *choose(subject, platform, peers, losses or {}),
     ]
     work = [(case, p, [x for x in contenders if x.fits(case, p)]) for case in cases for p in passes]
-    step = Steps(sum(len(group) + rounds for _, _, group in work), progress)
-    import_packages(contenders)
+    step = Steps(sum(len(group) + rounds for _, _, group in work) + peak, progress)
+    import_packages(contenders, step)
     jax.block_until_ready(jax.jit(jnp.negative)(0.0))  # JAX starts up before the first is compiled
 
     rows = []
@@ -136,15 +137,18 @@ def _measure(
     step: Steps,
 ) -> list[Row]:
     """A row for each peer. Only those whose answer is right are timed."""
-    text = f"{case.subject} {shape_text(case.shape)} {case.dtype}, {pass_name}"
+    text = f"{case.subject} {shape_text(case.shape)} {case.dtype} {pass_name}"
     limit = available_bytes() if memory_limit is None else memory_limit
+    step.detail(f"drawing the inputs: {text}")
     arrays = case.arrays()
+    step.detail(f"computing the float64 answer: {text}")
+    case.answer()
     entries = []
     for peer in peers:
-        step(f"{text}: {peer.name}")
+        step(f"compiling {peer.name}: {text}")
         entries.append(_enter(case, pass_name, peer, arrays, limit))
     runs = {entry.row.peer: entry.run for entry in entries if entry.run is not None}
-    samples = round_robin(runs, rounds, lambda: step(f"{text}: timing"))
+    samples = round_robin(runs, rounds, lambda: step(f"timing: {text}"))
     rows = [_timed(entry, samples.get(entry.row.peer)) for entry in entries]
     return related(rows, BASELINE[case.subject])
 
@@ -158,7 +162,7 @@ class _Entry(NamedTuple):
 def _enter(
     case: Case, pass_name: str, peer: Peer, arrays: tuple[Array, ...], limit: int | None
 ) -> _Entry:
-    """Compiles it, runs it once and checks its answer."""
+    """Compiles the pass, runs it once and checks its answer."""
     row = Row(case.subject, case.shape, case.dtype, pass_name, peer.name, status="failed")
     try:
         program = peer.program(case, pass_name)
@@ -198,7 +202,7 @@ def _timed(entry: _Entry, samples: list[float] | Exception | None) -> Row:
 
 
 def _with_peaks(rows: list[Row], own: set[str], step: Steps) -> list[Row]:
-    """With the peak memory of the largest case's value_and_grad, where a fresh process can tell."""
+    """The rows with the peak memory of the largest case's value_and_grad, where it can be measured."""
     largest = max((row.shape for row in rows), key=math.prod)
     case = Case(rows[0].subject, largest, rows[0].dtype)
 
@@ -208,6 +212,6 @@ def _with_peaks(rows: list[Row], own: set[str], step: Steps) -> list[Row]:
             return row
         return dataclasses.replace(row, peak_bytes=peak_bytes(case, row.pass_name, row.peer))
 
-    step(f"{case.subject}: peak memory, in fresh processes")
+    step(f"measuring peak memory in fresh processes: {case.subject}")
     with ThreadPoolExecutor(2) as pool:  # they mostly start up and compile
         return list(pool.map(with_peak, rows))

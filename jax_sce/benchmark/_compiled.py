@@ -1,4 +1,4 @@
-"""Losses compiled for machines that are not here: what each pass costs there, read from its program.
+"""Losses compiled for machines that are not here: the cost of each pass, read from its program.
 
 The floors are arithmetic. A loss of logits reads them once, and with its gradient once more and writes
 it: 1 and 3 passes; distributions, as large as the logits, are read as often: 2 and 5. A head multiplies
@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from .._command import check_known
+from .._command import Progress, Steps, check_known
 from .._hlo import Kernel, Product, kernels
 from ._accelerators import ACCELERATORS, Accelerator, prepare
 from ._cases import Case, shape_text
 from ._peers import BASELINE, Peer, choose, compiled_peers, import_packages
 from ._programs import Loss, pass_of
-from ._row import FLOOR, Cost, Progress, Row, Steps, failed, related
+from ._row import FLOOR, Cost, Row, failed, related
 
 _AXES = ("data", "model")
 _SPECS = {  # of a case's arguments, which are also those of the gradients
@@ -56,7 +56,7 @@ def compile_all(
         devices = np.reshape(machine.devices(int(np.prod(mesh or 1))), mesh or (1, 1))
         names = [x for x in on[name] if peers is None or x in peers]
         chosen = choose(subject, machine.platform, names, losses)
-        import_packages(chosen)
+        import_packages(chosen, Steps(0, progress))
         work += [
             (machine, Mesh(devices, _AXES), case, p, [x for x in chosen if x.fits(case, p)])
             for case in cases
@@ -68,7 +68,8 @@ def compile_all(
         group = [_floor(machine, mesh, case, pass_name)]
         for peer in fitting:
             shape = shape_text(case.shape)
-            step(f"{machine.name}: {case.subject} {shape} {case.dtype}, {peer.name}")
+            what = f"{case.subject} {shape} {case.dtype} {pass_name}"
+            step(f"compiling {peer.name} for {machine.name}: {what}")
             row = _row(machine, mesh, case, pass_name, peer.name)
             try:
                 group.append(_compile(row, machine, of_devices, case, peer))
@@ -115,7 +116,7 @@ def _compile(row: Row, machine: Accelerator, mesh: Mesh, case: Case, peer: Peer)
     return dataclasses.replace(
         row,
         status="ok",
-        detail=f"does not tell what these compute: {', '.join(opaque)}" if opaque else "",
+        detail=f"has kernels that hide what they compute: {', '.join(opaque)}" if opaque else "",
         compile_seconds=seconds,
         temporary_bytes=memory.temp_size_in_bytes,
         cost=cost_of(found, machine, case, mesh.size),
@@ -123,7 +124,7 @@ def _compile(row: Row, machine: Accelerator, mesh: Mesh, case: Case, peer: Peer)
 
 
 def cost_of(found: Sequence[Kernel], machine: Accelerator, case: Case, devices: int = 1) -> Cost:
-    """What these kernels cost one of the devices.
+    """The cost of these kernels on one of the devices.
 
     Raises:
       ValueError: How often a loop runs could not be read.
@@ -155,7 +156,7 @@ def cost_of(found: Sequence[Kernel], machine: Accelerator, case: Case, devices: 
 
 
 def _floor(machine: Accelerator, mesh: tuple[int, int] | None, case: Case, pass_name: str) -> Row:
-    """One kernel that moves and multiplies what any loss must, shared evenly by the devices."""
+    """The least that any loss moves and multiplies, as one kernel, shared evenly by the devices."""
     *floats, labels = case.arguments()
     has_gradients = "grad" in pass_name
     by_examples, by_classes = mesh or (1, 1)

@@ -1,4 +1,4 @@
-"""Timing: in turns, in samples long enough for the clock, and summed up by quartiles."""
+"""Timing: in turns, in samples long enough for the clock, and reported as quartiles."""
 
 import dataclasses
 import math
@@ -32,14 +32,15 @@ class Quartiles:
 def round_robin(
     runs: Mapping[str, Callable[[], object]], rounds: int, each_round: Callable[[], None]
 ) -> dict[str, list[float] | Exception]:
-    """Seconds of a run of each, once in every round; or what it raised.
+    """Seconds of a run of each, once in every round; or the error that it raised.
 
-    Other work on the machine, and its clock, slow all of them alike, and no one always follows the
-    same other: each round begins with the next of them.
+    `each_round` is called before each round. Other work on the machine slows all of them alike, and none
+    always follows the same other: each round begins with the next of them.
     """
     names = list(runs)
     results: dict[str, list[float] | Exception] = {name: [] for name in names}
     for turn in range(rounds):
+        each_round()
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
             samples = results[name]
@@ -49,12 +50,12 @@ def round_robin(
                 samples.append(_sample(runs[name], samples))
             except Exception as error:
                 results[name] = error
-        each_round()
     return results
 
 
 def _sample(run: Callable[[], object], earlier: Sequence[float]) -> float:
-    """Seconds of a run, as many of them read at once as the shortest of the earlier ones asks for."""
+    """Seconds of a run. One reading of the clock covers several runs, if the shortest one so far was
+    short."""
     shortest = min(earlier) if earlier else _seconds(run, 1)
     if not earlier and shortest >= _SAMPLE_SECONDS:
         return shortest

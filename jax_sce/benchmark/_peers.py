@@ -1,4 +1,4 @@
-"""Who is compared: the losses of JAX's libraries and PyTorch, each with the package that it needs.
+"""The peers: the losses of JAX's libraries and PyTorch, each with the package that it needs.
 
 naive          `-sum y log softmax(z)` of logits; of a linear head, `optax` on its logits, which are
                accumulated in float32
@@ -10,7 +10,7 @@ jax-cce        `linear_cross_entropy`, which takes the kernel as [V, D]: given t
 torch          `torch.nn.functional.cross_entropy`, and on GPU the same under `torch.compile`
 Liger-Kernel and cut-cross-entropy, on GPU: their fused heads for PyTorch
 
-All of them return the mean loss. `BASELINE` is the one by whose time the others' are divided.
+All of them return the mean loss. The times are divided by that of the `BASELINE`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from jax import Array
 
 import jax_sce
 
-from .._command import check_known, is_installed
+from .._command import Steps, check_known, is_installed
 from ._cases import DTYPES, PASSES, SOFTCAP, Case
 from ._programs import Loss, Program, jax_program
 from ._torch import PASSES as TORCH_PASSES, torch_program
@@ -44,7 +44,7 @@ BASELINE = {
 @dataclasses.dataclass(frozen=True)
 class Peer:
     name: str
-    package: str | None = None  # as pip calls it; None if it is always there
+    package: str | None = None  # the name that pip uses; None if it is always there
     loss: Loss | None = None  # in JAX
     program_of: Callable[[Case, str], Program] | None = None  # None for that of `loss`
     passes: Sequence[str] = PASSES["logits"]
@@ -69,7 +69,7 @@ class Peer:
 
 
 def all_peers(subject: str, platform: str) -> list[Peer]:
-    """Those of the subject on the platform, installed or not."""
+    """The peers of the subject on the platform, installed or not."""
     if subject == "linear":
         tokamax = ["xla", "chunked_xla"] + (["mosaic_tpu"] if platform == "tpu" else [])
         peers = [
@@ -101,19 +101,19 @@ def all_peers(subject: str, platform: str) -> list[Peer]:
 
 
 def compiled_peers(subject: str, platform: str) -> list[str]:
-    """The names of those that can be compiled for another machine."""
+    """The names of the peers that can be compiled for another machine."""
     return [peer.name for peer in all_peers(subject, platform) if peer.loss is not None]
 
 
 def missing(peers: Sequence[Peer]) -> list[str]:
-    """The packages that would add some of these, and are not installed."""
+    """The packages of those peers that are not installed."""
     return sorted({str(peer.package) for peer in peers if not peer.installed})
 
 
 def choose(
     subject: str, platform: str, names: Sequence[str] | None, losses: Mapping[str, Loss]
 ) -> list[Peer]:
-    """The installed peers of those names, all for None, and the losses that the caller brings."""
+    """The installed peers with these names, or all for None, and the caller's own losses."""
     known = all_peers(subject, platform)
     check_known(f"peers of {subject}", names or (), [peer.name for peer in known])
     if taken := {peer.name for peer in known} & set(losses):
@@ -122,11 +122,12 @@ def choose(
     return chosen + [Peer(name, loss=loss) for name, loss in losses.items()]
 
 
-def import_packages(peers: Sequence[Peer]) -> None:
-    """Before anything is compiled: what is compiled before tokamax is imported, JAX compiles again at
-    its next call, which would be a timed one."""
-    for module in {peer.module for peer in peers if peer.module is not None}:
-        # One that cannot be imported says so in its peer's row.
+def import_packages(peers: Sequence[Peer], step: Steps) -> None:
+    """To be called before anything is compiled: a program that is compiled before tokamax is imported is
+    compiled again at its next call, which would be a timed one."""
+    for module in dict.fromkeys(peer.module for peer in peers if peer.module is not None):
+        step.detail(f"importing {module}")
+        # If it cannot be imported, its peer's row says so.
         with contextlib.suppress(Exception):
             importlib.import_module(module)
 
@@ -210,7 +211,7 @@ def _tokamax(implementation: str, hidden: Array, kernel: Array, labels: Array) -
 
 
 def _tokamax_for_tpu() -> Any:
-    """Its kernels to be compiled for a TPU that is not there: it asks for one, unless told not to."""
+    """Its TPU kernels, without its check that there is a TPU."""
     from tokamax._src.ops.linear_softmax_cross_entropy_loss import api
 
     op = dataclasses.replace(api.IMPLEMENTATIONS["mosaic_tpu"], bypass_device_check=True)

@@ -1,8 +1,8 @@
 """Pictures of the rows, by `matplotlib`: time and temporary memory of the loss with its gradients.
 
-Of what was measured, both axes are logarithmic, so that a cost in proportion to the size is a straight
-line of slope one. What lies below the floor is shaded. What is zero, which has no logarithm, is left
-out. Of what was compiled: the passes over the logits, and a head's bound against its memory.
+Measured costs are lines over the size if several sizes were measured, on logarithmic axes, so that a
+cost in proportion to the size is a straight line of slope one; costs of zero are left out. A single size
+gets bars. Compiled costs are the passes over the logits, and a head's bound against its memory.
 """
 
 import math
@@ -32,7 +32,6 @@ _STYLES = {
     "cut-cross-entropy": ("#882255", "<"),
 }
 _OTHERS = ("0.5", "*")
-_BELOW = "below the floor"
 
 Quantity = Callable[[Row], float]
 
@@ -49,7 +48,12 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             and row.machine is None
         ]
         if own:
-            figure = _growth(own) if subject == "scaling" else _comparison(own)
+            if subject == "scaling":
+                figure = _growth(own)
+            elif len({row.shape for row in own}) == 1:
+                figure = _one_size(own)
+            else:
+                figure = _comparison(own)
             paths.append(folder / f"{subject}.png")
             figure.savefig(paths[-1])
     compiled = [r for r in rows if r.cost is not None and r.pass_name == "value_and_grad"]
@@ -64,8 +68,44 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return paths
 
 
+def _one_size(rows: Sequence[Row]) -> "Figure":
+    """Bars of time and of temporary memory, a row of pictures for each dtype."""
+    from matplotlib.figure import Figure
+
+    by_dtype: dict[str, list[Row]] = {}
+    for row in rows:
+        by_dtype.setdefault(row.dtype, []).append(row)
+    most = max(len(own) for own in by_dtype.values())
+    size = (8, 1.1 + len(by_dtype) * (0.9 + 0.32 * most))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.subplots(len(by_dtype), 2, sharey="row", squeeze=False)
+    for (left, right), (dtype, own) in zip(axes, by_dtype.items(), strict=True):
+        for row in own:
+            if row.peer == FLOOR:
+                label = _floor_label(row)
+                left.axvline(_milliseconds(row), color="black", ls="--", lw=1.5, label=label)
+        peers = [row for row in own if row.peer != FLOOR]
+        names = [row.peer for row in peers]
+        colors = [_STYLES.get(name, _OTHERS)[0] for name in names]
+        for each, cost in ((left, _milliseconds), (right, _mebibytes)):
+            bars = each.barh(names, [cost(row) for row in peers], color=colors)
+            labels = [f"{cost(row):,.3g}" for row in peers]
+            behind = {"fc": "white", "ec": "none", "pad": 0.5}  # of the label, before the floor
+            each.bar_label(bars, labels, padding=3, bbox=behind)
+            each.margins(x=0.15)
+            each.grid(axis="x", alpha=0.3)
+            each.set_axisbelow(True)
+            each.set_xlim(left=0)
+        left.invert_yaxis()
+        left.set_title(dtype)
+    axes[-1, 0].set_xlabel("time (ms)")
+    axes[-1, 1].set_xlabel("temporary memory (MiB)")
+    size_text = " x ".join(map(str, rows[0].shape))
+    return _with_legend(figure, axes, f"{rows[0].subject} {size_text}: loss and gradients")
+
+
 def _comparison(rows: Sequence[Row]) -> "Figure":
-    """A column for each dtype, against V; for so many logits each, because N differs too."""
+    """A column for each dtype, against V. Costs are per million logits, because N differs too."""
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     figure, axes = _grid(len(dtypes))
     for column, dtype in zip(axes.T, dtypes, strict=True):
@@ -76,7 +116,7 @@ def _comparison(rows: Sequence[Row]) -> "Figure":
         column[1].set_xlabel("classes")
     axes[0, 0].set_ylabel("time (ms per million logits)")
     axes[1, 0].set_ylabel("temporary memory\n(MiB per million logits)")
-    return _finished(figure, axes, f"{rows[0].subject}: loss and gradient")
+    return _finished(figure, axes, f"{rows[0].subject}: loss and gradients")
 
 
 def _growth(rows: Sequence[Row]) -> "Figure":
@@ -102,7 +142,7 @@ def _growth(rows: Sequence[Row]) -> "Figure":
 
 
 def _largest(rows: Sequence[Row]) -> list[Row]:
-    """Those of the largest shape of their subject."""
+    """The rows of the largest shape of their subject."""
     sizes: dict[str, int] = {}
     for row in rows:
         sizes[row.subject] = max(sizes.get(row.subject, 0), math.prod(row.shape))
@@ -113,7 +153,7 @@ _NAMES = {"logits": "class ids", "softcap": "soft-cap"}
 
 
 def _passes(rows: Sequence[Row]) -> "Figure":
-    """Bars of each peer's passes over the logits, by machine and subject, the floor a line."""
+    """Bars of each peer's passes over the logits, by machine and subject; the floor is a line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -139,20 +179,18 @@ def _passes(rows: Sequence[Row]) -> "Figure":
         each.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("passes over the logits")
     shape = " x ".join(map(str, rows[0].shape))
-    return _with_legend(
-        figure, axes, f"compiled: loss and gradient, {shape}, {rows[0].dtype}", FLOOR
-    )
+    return _with_legend(figure, axes, f"compiled: loss and gradient, {shape}, {rows[0].dtype}")
 
 
 def _head(rows: Sequence[Row]) -> "Figure":
-    """A point of each peer: the bound of its time over that of 6NDV, against its temporary memory."""
+    """A point for each peer: the bound of its time over that of 6NDV, against its temporary memory."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     machines = list(dict.fromkeys(row.machine for row in rows))
     figure = Figure(figsize=(8, 3.4), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(machines), sharey=True, sharex=True, squeeze=False)
-    floor = "the three products alone"
+    floor = f"{FLOOR}: 6NDV"
     for each, machine in zip(axes[0], machines, strict=True):
         each.axhline(1, color="black", lw=1.5, label=floor)
         for row in (row for row in rows if row.machine == machine):
@@ -165,10 +203,10 @@ def _head(rows: Sequence[Row]) -> "Figure":
         each.xaxis.set_major_formatter("{x:,g}")
         each.xaxis.set_minor_locator(NullLocator())
         each.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("bound of the time / that of 6NDV")
+    axes[0, 0].set_ylabel("bound of the time / floor")
     shape = " x ".join(map(str, rows[0].shape))
     title = f"compiled: head with its gradients, {shape}, {rows[0].dtype}"
-    return _with_legend(figure, axes, title, floor)
+    return _with_legend(figure, axes, title)
 
 
 def _examples(row: Row) -> int:
@@ -188,11 +226,16 @@ def _milliseconds(row: Row) -> float:
 
 
 def _mebibytes(row: Row) -> float:
-    """Not the floor's: it is one of time."""
+    """0 for the floor, which is one of time."""
     return (row.temporary_bytes or 0) / 2**20 if row.peer != FLOOR else 0.0
 
 
-# -- what all pictures have in common ----------------------------------------------------------------
+def _floor_label(row: Row) -> str:
+    least = "matrix products alone" if len(row.shape) == 3 else "negates the logits"
+    return f"{FLOOR}: {least}"
+
+
+# -- shared by all pictures --------------------------------------------------------------------------
 
 
 def _grid(columns: int) -> tuple["Figure", Any]:
@@ -204,7 +247,7 @@ def _grid(columns: int) -> tuple["Figure", Any]:
 
 
 def _lines(axes: "Axes", rows: Sequence[Row], size: Quantity, cost: Quantity) -> None:
-    """A line for each peer, and the floor's region below them."""
+    """A line for each peer, and a dashed one for the floor."""
     from matplotlib.ticker import NullLocator
 
     points: dict[str, list[tuple[float, float]]] = {}
@@ -216,8 +259,7 @@ def _lines(axes: "Axes", rows: Sequence[Row], size: Quantity, cost: Quantity) ->
     left, right = ticks[0] / 1.3, ticks[-1] * 1.3
     if FLOOR in points:
         sizes, costs = zip(*sorted(points.pop(FLOOR)), strict=True)
-        costs = (costs[0], *costs, costs[-1])
-        axes.fill_between((left, *sizes, right), costs, color="0.85", lw=0, label=_BELOW)
+        axes.plot(sizes, costs, color="black", ls="--", lw=1.5, label=_floor_label(rows[0]))
     for name, own in points.items():
         sizes, costs = zip(*sorted(own), strict=True)
         color, marker = _STYLES.get(name, _OTHERS)
@@ -232,28 +274,33 @@ def _lines(axes: "Axes", rows: Sequence[Row], size: Quantity, cost: Quantity) ->
 
 
 def _short(size: int) -> str:
-    """Thousands, and of powers of two those that are 1024."""
+    """In thousands, which are 1024 for a power of two."""
     if size < 1000:
         return str(size)
     return f"{size // 1024}k" if size & (size - 1) == 0 else f"{size / 1000:.0f}k"
 
 
 def _finished(figure: "Figure", axes: Any, title: str) -> "Figure":
-    """With the ticks of each row."""
+    """The figure with the ticks of each row."""
     from matplotlib.ticker import LogLocator
 
     for each in axes.flat:
         low, high = each.get_ylim()
+        if high < 4 * low:  # so that there is more than one tick
+            low, high = low / 2, high * 2
+            each.set_ylim(low, high)
         each.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    return _with_legend(figure, axes, title, _BELOW)
+    return _with_legend(figure, axes, title)
 
 
-def _with_legend(figure: "Figure", axes: Any, title: str, last: str) -> "Figure":
-    """With the title, and one legend below."""
+def _with_legend(figure: "Figure", axes: Any, title: str) -> "Figure":
+    """The figure with its title, and one legend below; the floor comes last."""
     handles: dict[str, Any] = {}
     for each in axes.flat:
         handles |= dict(zip(*reversed(each.get_legend_handles_labels()), strict=True))
-    labels = sorted(handles, key=lambda label: label == last)
+    labels = sorted(handles, key=lambda label: label.startswith(FLOOR))
+    if not labels:
+        return figure
     figure.suptitle(title)
     figure.legend([handles[x] for x in labels], labels, loc="outside lower center", ncols=4)
     return figure

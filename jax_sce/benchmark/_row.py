@@ -1,42 +1,37 @@
-"""What a comparison finds: a row for each pass of each peer, and how it tells of its progress."""
+"""The results of a comparison: a row for each pass of each peer."""
 
 import dataclasses
-from collections.abc import Callable
 
 from ._measure import Quartiles
 
 FLOOR = "floor"
 
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, and what comes next
-
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a compiled program, on each device that it runs on. `jax_sce._hlo` has the rules."""
+    """The cost of a compiled program on each of its devices. `jax_sce._hlo` has the rules."""
 
     bytes: int  # through the device's memory
-    operations: int | None  # of matrix products; None if a kernel does not tell
+    operations: int | None  # of matrix products; None if a kernel does not report them
     kernels: int | None  # launched
-    passes: float | None  # of losses on logits: bytes over those of the logits
-    products: float | None  # of heads: operations over 6NDV, the three products of N x V
+    passes: float | None  # losses on logits: bytes over those of the logits
+    products: float | None  # heads: operations over 6NDV, the three products of N x V
     sent: int  # bytes to other devices around a ring; a sum goes around twice
-    sent_in_loop: int  # those of it that loops send
-    seconds: (
-        float | None
-    )  # a bound: its bytes and its products at the machine's rates, kernel by kernel
+    sent_in_loop: int  # the part of them that is sent inside loops
+    seconds: float | None  # a bound: bytes and products at the machine's rates, kernel by kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was found of one pass of one peer; None for what was not, or does not exist."""
+    """The results of one pass of one peer; None where there is none."""
 
     subject: str  # "logits", "distributions", "softcap" or "linear"
     shape: tuple[int, ...]  # (N, V) or (N, D, V)
     dtype: str
     pass_name: str
-    peer: str  # "floor" for what bounds them all
-    status: str  # "ok"; "wrong", and then without a time; or "failed"
-    detail: str = ""  # what is wrong, or what it raised
+    peer: str  # or "floor", the least work that such a loss does
+    status: str  # "ok"; "wrong", and then not timed; or "failed"
+    detail: str = ""  # the fault, or the error raised
     seconds: Quartiles | None = None  # measured
     ratio: float | None = None  # of the time to the baseline's: naive for heads, optax otherwise
     floor_fraction: float | None = None  # the floor's time over this one
@@ -45,9 +40,9 @@ class Row:
     peak_bytes: int | None = None  # of resident memory: temporaries and results
     value_error: float | None = None  # relative to float64
     gradient_error: float | None = None  # in the L1 norm
-    machine: str | None = None  # that it was compiled for, and not measured
-    mesh: tuple[int, int] | None = None  # of it: devices that split the examples, and the classes
-    cost: Cost | None = None  # there
+    machine: str | None = None  # compiled for this machine, and not measured
+    mesh: tuple[int, int] | None = None  # its devices that split the examples, and the classes
+    cost: Cost | None = None  # on that machine
 
     @property
     def time(self) -> float | None:
@@ -58,7 +53,7 @@ class Row:
 
 
 def related(rows: list[Row], baseline: str) -> list[Row]:
-    """With the ratios to the baseline's time and to the floor's."""
+    """The rows with the ratios of their times to the baseline's and the floor's."""
     times = {row.peer: row.time for row in rows if row.time and row.status == "ok"}
 
     def of(row: Row) -> Row:
@@ -77,17 +72,3 @@ def related(rows: list[Row], baseline: str) -> list[Row]:
 def failed(row: Row, error: Exception) -> Row:
     message = f"{type(error).__name__}: {error}".splitlines()[0]
     return dataclasses.replace(row, status="failed", detail=message)
-
-
-@dataclasses.dataclass
-class Steps:
-    """Counts the steps, and tells of each as it begins."""
-
-    total: int
-    progress: Progress | None
-    done: int = 0
-
-    def __call__(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress(self.done, self.total, text)
-        self.done += 1

@@ -1,9 +1,9 @@
-"""How the cost of a head grows: jax_sce's beside the naive one, and where the naive one ends.
+"""How the cost of a head grows, jax_sce's beside the naive one, and the size that only jax_sce can run.
 
-Time and temporary memory of value_and_grad are measured over the number of classes V, with N examples,
-and over N, with V classes, and to each a power `cost = c * size^exponent` is fitted: a straight line
-through the logarithms, by least squares. Then both are given as many examples as make the two arrays of
-logits that the naive head holds, in float32, larger than the machine's memory.
+Time and temporary memory of value_and_grad are measured over the number of classes V at a fixed N, and
+over the number of examples N at a fixed V. A power `cost = c * size^exponent` is fitted to each: a
+straight line through the logarithms, by least squares. Then both get so many examples that the two
+float32 arrays of logits of the naive head exceed the machine's memory.
 """
 
 import dataclasses
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from .._command import Progress
 from ._compare import compare
 from ._machine import total_bytes
-from ._row import FLOOR, Progress, Row
+from ._row import FLOOR, Row
 
 PEERS = ("naive", "jax_sce")
 
@@ -55,7 +56,7 @@ def quick_plan() -> Plan:
         classes=1024,
         over_classes=[2**10, 2**11, 2**12],
         over_examples=[2**9, 2**10, 2**11],
-        rounds=2,
+        rounds=3,
         beyond_features=16,
         beyond_classes=2**13,
         memory=2**26,

@@ -1,9 +1,8 @@
-"""Small work, where the time is that of Python and the compiler: beside optax's loss, and `import`.
+"""Small inputs, where Python and the compiler take the time: jax_sce beside optax, and its import.
 
-`forward` is what a call of the jitted loss takes, `eager_forward` one without `jax.jit`. The time to
-trace and compile is the median of several, each after `jax.clear_caches()`. The time to import jax_sce
-is that of fresh processes that have imported `jax` and `jax.numpy` already and find its modules in
-bytecode, as pip leaves them.
+`forward` is a call of the jitted loss, `eager_forward` a call without `jax.jit`. The time to trace and
+compile is the median of several, each after `jax.clear_caches()`. The time to import jax_sce is measured
+in fresh processes that have imported `jax` and `jax.numpy`; its bytecode is there, as pip leaves it.
 """
 
 import dataclasses
@@ -11,14 +10,16 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import jax
 
-from ._cases import Case
+from .._command import Progress, Steps
+from ._cases import Case, shape_text
 from ._compare import compare
 from ._measure import Quartiles
 from ._peers import choose
-from ._row import FLOOR, Progress, Row
+from ._row import FLOOR, Row
 
 SHAPES = [(8, 10), (128, 1000)]
 PEERS = ["optax", "jax_sce"]
@@ -32,20 +33,22 @@ print(time.perf_counter() - begin)
 """
 
 
-def small(rounds: int, progress: Progress | None = None) -> list[Row]:
+def small(rounds: int, shapes: Sequence[tuple[int, int]], progress: Progress) -> list[Row]:
     rows = compare(
         "logits",
-        shapes=SHAPES,
+        shapes=shapes,
         dtypes=["float32"],
         passes=["forward", "value_and_grad", "eager_forward"],
         peers=PEERS,
         rounds=rounds,
         progress=progress,
     )
-    return [dataclasses.replace(_recompiled(row, rounds), subject="small") for row in rows]
+    step = Steps(len(rows), progress)
+    return [dataclasses.replace(_recompiled(row, rounds, step), subject="small") for row in rows]
 
 
-def _recompiled(row: Row, rounds: int) -> Row:
+def _recompiled(row: Row, rounds: int, step: Steps) -> Row:
+    step(f"compiling {row.peer} again: {shape_text(row.shape)} {row.pass_name}")
     if row.compile_seconds is None or row.peer == FLOOR:
         return row
     (peer,) = choose("logits", jax.default_backend(), [row.peer], {})
@@ -58,7 +61,7 @@ def _recompiled(row: Row, rounds: int) -> Row:
 
 
 def import_seconds(rounds: int) -> Quartiles:
-    """What `import jax_sce` takes beyond `import jax`."""
+    """Seconds of `import jax_sce` after `import jax`."""
     command = [sys.executable, "-c", _IMPORT]
     environment = {k: x for k, x in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 

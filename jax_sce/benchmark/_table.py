@@ -34,11 +34,11 @@ def print_report(console: "Console", report: Report) -> None:
                 console.print(escape(text), style=_STYLES.get(row.status))
     console.print()
     for line in _closing_lines(report):
-        console.print(line)
+        console.print(line, markup=False)
 
 
 def _table(rows: Sequence[Row]) -> "Table":
-    """Of one pass of a subject in one dtype: a section for each shape."""
+    """One pass of a subject in one dtype, with a section for each shape. 80 columns suffice."""
     from rich import box
     from rich.table import Table
 
@@ -49,22 +49,20 @@ def _table(rows: Sequence[Row]) -> "Table":
         title = f"compiled for {first.machine}{mesh}: {title}"
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
-    sizes = "NxV" if len(first.shape) == 2 else "NxDxV"
-    table.add_column(sizes, no_wrap=True)
-    table.add_column("peer", no_wrap=True)
+        padding=0, show_edge=False)  # fmt: skip
+    table.add_column("\nNxV" if len(first.shape) == 2 else "\nNxDxV", no_wrap=True)
     columns = _measured(first) if first.machine is None else _compiled(first)
     if all(row.peak_bytes is None for row in rows):
-        columns.pop("peak MiB", None)
+        columns.pop("peak\nMiB", None)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
-        is_new = before is None or before.shape != row.shape
-        if is_new and before is not None:
-            table.add_section()
+        if before is None or before.shape != row.shape:
+            if before is not None:
+                table.add_section()
+            table.add_row(shape_text(row.shape), style="dim")
         style = "bold" if row.peer == "jax_sce" else _STYLES.get(row.status)
-        cells = [cell(row) for cell in columns.values()]
-        table.add_row(shape_text(row.shape) if is_new else "", row.peer, *cells, style=style)
+        table.add_row(row.peer, *(cell(row) for cell in columns.values()), style=style)
     return table
 
 
@@ -75,17 +73,23 @@ def _measured(first: Row) -> Columns:
     return {
         "ms": lambda r: _ms(r.seconds.median) if r.seconds else r.status,
         "quartiles": lambda r: f"{_ms(r.seconds.low)}-{_ms(r.seconds.high)}" if r.seconds else "",
-        f"/ {BASELINE[first.subject]}": lambda r: _text("{:.2f}", r.ratio),
-        "floor": lambda r: _text("{:.0%}", r.floor_fraction),
-        "compile s": lambda r: _text("{:.2f}", r.compile_seconds),
-        "temp. MiB": lambda r: _text("{:,.1f}", r.temporary_bytes, 2**20),
-        "peak MiB": lambda r: _text("{:,.1f}", r.peak_bytes, 2**20),
+        **_ratios(first),
+        "comp.\ns": lambda r: _text("{:.2f}", r.compile_seconds),
+        "temp.\nMiB": lambda r: _mebibytes(r.temporary_bytes),
+        "peak\nMiB": lambda r: _mebibytes(r.peak_bytes),
         "error": lambda r: _text("{:.0e}", max(r.value_error or 0, r.gradient_error or 0) or None),
     }
 
 
+def _ratios(first: Row) -> Columns:
+    return {
+        f"time /\n{BASELINE[first.subject]}": lambda r: _ratio(r.ratio),
+        "time /\nfloor": lambda r: _ratio(r.floor_fraction and 1 / r.floor_fraction),
+    }
+
+
 def _compiled(first: Row) -> Columns:
-    """A bound is of the time that the machine's memory and matrix units need, not a measurement."""
+    """The bound is the time that the machine's memory and matrix units need, and not measured."""
 
     def of(field: str, unit: float = 1) -> Callable[[Row], str]:
         def cell(row: Row) -> str:
@@ -96,18 +100,17 @@ def _compiled(first: Row) -> Columns:
 
     is_head = len(first.shape) == 3
     columns = {
-        "/ 6NDV" if is_head else "passes": of("products" if is_head else "passes"),
+        "times\n6NDV" if is_head else "passes": of("products" if is_head else "passes"),
         "GB": of("bytes", 1e9),
-        "temp. MiB": lambda r: _text("{:,.0f}", r.temporary_bytes, 2**20),
+        "temp.\nMiB": lambda r: _mebibytes(r.temporary_bytes),
         "kernels": lambda r: _text("{:,}", r.cost and r.cost.kernels),
-        "sent GB": of("sent", 1e9),
-        "in loops": of("sent_in_loop", 1e9),
-        "bound ms": lambda r: r.status if r.cost is None else of("seconds", 1e-3)(r),
-        f"/ {BASELINE[first.subject]}": lambda r: _text("{:.2f}", r.ratio),
-        "floor": lambda r: _text("{:.0%}", r.floor_fraction),
+        "sent\nGB": of("sent", 1e9),
+        "in\nloops": of("sent_in_loop", 1e9),
+        "bound\nms": lambda r: r.status if r.cost is None else of("seconds", 1e-3)(r),
+        **_ratios(first),
     }
     if first.mesh is None:
-        del columns["sent GB"], columns["in loops"]
+        del columns["sent\nGB"], columns["in\nloops"]
     return columns
 
 
@@ -121,22 +124,52 @@ def _closing_lines(report: Report) -> list[str]:
         lines.append(f"import jax_sce, after jax: {_ms(seconds.median)} ms {quartiles}")
     for (machine, subject, dtype), mean in geometric_means(report.rows).items():
         time = "time" if machine is None else f"bound on {machine}"
-        whose = f"{BASELINE[subject]}'s {time}, the geometric mean"
-        lines.append(f"jax_sce, {subject} {dtype}: {mean:.2f} of {whose}")
+        whose = f"{BASELINE[subject]}'s {time} (geometric mean)"
+        lines.append(f"{subject} {dtype}: jax_sce takes {mean:.2f} of {whose}")
+    lines += _about_floors(report.rows)
     for subject, packages in report.missing.items():
         if packages:
-            lines.append(f"{subject}: not installed, so not compared: {', '.join(packages)}")
+            lines.append(f"{subject}: not compared, because not installed: {', '.join(packages)}")
     return [*lines, f"{report.wall_seconds:.0f} s in all"]
+
+
+def _about_floors(rows: Sequence[Row]) -> list[str]:
+    """What the floors are, and why a time may be below one."""
+    measured = [row for row in rows if row.machine is None]
+    is_head = {len(row.shape) == 3 for row in measured}
+    lines = []
+    if False in is_head:
+        lines.append("floor, losses on logits: a pass that only negates the logits")
+    if True in is_head:
+        lines.append("floor, linear head: its matrix products alone")
+    if any((row.floor_fraction or 0) > 1 for row in measured):
+        lines.append(
+            "time / floor below 1: the pass writes less than the floor does, or its arrays stay in "
+            "the cache"
+        )
+    if len(measured) < len(rows):
+        lines.append("floor, compiled: the least bytes and products, at the data sheet's rates")
+    return lines
 
 
 def _ms(seconds: float) -> str:
     return _three_digits(1e3 * seconds)
 
 
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else _three_digits(size / 2**20)
+
+
 def _three_digits(number: float) -> str:
-    """Or all of those before the point."""
-    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+    """Three digits, or all digits before the point."""
+    if abs(number) >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if abs(number) >= 0.001 else f"{number:.0g}"
 
 
-def _text(form: str, number: float | None, unit: float = 1) -> str:
-    return "" if number is None else form.format(number / unit if unit != 1 else number)
+def _ratio(number: float | None) -> str:
+    return "" if number is None else f"{number:.2f}" if number < 100 else f"{number:,.0f}"
+
+
+def _text(form: str, number: float | None) -> str:
+    return "" if number is None else form.format(number)

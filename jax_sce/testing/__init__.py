@@ -1,11 +1,11 @@
-"""Is a softmax cross-entropy right? Of this library's promises, which does it keep?
+"""Is a softmax cross-entropy right, and which of this library's promises does it keep?
 
-`conformance` puts any loss to the test and reports promise by promise; on the command line it is
+`conformance` tests any loss and reports promise by promise; on the command line it is
 `python -m jax_sce.testing optax:softmax_cross_entropy_with_integer_labels`. `assert_matches_reference`
-is one assertion for the tests of a loss of your own. `collectives` lists what a compiled program sends
+is one assertion for the tests of your own loss. `collectives` lists what a compiled program sends
 between devices.
 
-Needs `chex`, and the command `rich` (`pip install "jax_sce[testing]"`).
+The command needs `rich`: in a checkout, `python -m pip install -e ".[testing]"`.
 """
 
 from ._assertions import assert_matches_reference as assert_matches_reference

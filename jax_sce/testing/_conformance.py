@@ -7,26 +7,27 @@ from typing import Any
 
 import jax
 
-from .._command import check_known
+from .._command import Progress, Steps, check_known
+from ._candidate import ways_to_call
 from ._promises import PROMISES, Promise
-from ._trial import Loss, NotApplicable, Raised, what_raised
+from ._trial import IMPORTS, Loss, NotApplicable, Raised, what_raised
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a loss stands to one promise."""
+    """Whether a loss keeps one promise."""
 
     promise: str
-    says: str  # what is promised
+    says: str  # the promise, in words
     status: str  # "pass", "fail" or "not applicable"
-    error: float | None = None  # the one that comes nearest to its bound, or exceeds it most
+    error: float | None = None  # the error that comes nearest to its bound, or exceeds it most
     bound: float | None = None
-    detail: str = ""  # what came and what is right, what it raised, or why it does not apply
-    broken: str = ""  # of one that fails: what that means for training
-    reproduce: str = ""  # of one that fails: lines of Python, where a few will do
-    documented: str = ""  # of one that fails: where its makers say that it is so
+    detail: str = ""  # the answer and the right one, the error raised, or why it does not apply
+    broken: str = ""  # for a broken promise: what that means for training
+    reproduce: str = ""  # for a broken promise: lines of Python that show it
+    documented: str = ""  # for a broken promise: where the loss's documentation says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,9 @@ def conformance(
     name: str = "",
     source: str = "",
     documented: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Put a softmax cross-entropy of any library to the test.
+    """Test a softmax cross-entropy of any library, promise by promise.
 
     Each promise is checked on inputs of its own against float64: values, gradients, the corners
     (infinities, ties, bad labels, masks), 16-bit types, JAX's transformations, memory and errors. A
@@ -82,15 +84,14 @@ def conformance(
 
     A loss with another signature is adapted by a lambda, for instance
     `lambda hidden, kernel, labels: other(hidden, labels, kernel.T, reduction="none")`. One that returns
-    only a mean or a sum is called for each example apart where the losses of examples are asked for.
+    only a mean or a sum is called once for each example where a promise is about the examples' losses.
 
     Args:
       loss_fn: `loss_fn(logits, labels)` for logits [N, V], or `loss_fn(hidden, kernel, labels)` for
-        hidden [N, D] and kernel [D, V]; returns the losses [N], or their mean or sum. Keywords of the
-        names that jax_sce uses (`where`, `ignore_index`, `weights`, `class_weights`,
+        hidden [N, D] and kernel [D, V]; returns the losses [N], or their mean or sum. Keywords with
+        the names that jax_sce uses (`where`, `ignore_index`, `weights`, `class_weights`,
         `label_smoothing`, `z_loss`, `softcap`, `temperature`, `reduction`, `return_aux`,
-        `forward_mode`) are put to the test if it takes them, and so are labels that are a
-        `jax_sce.Teacher`.
+        `forward_mode`) are tested if it takes them, and so are labels that are a `jax_sce.Teacher`.
       kind: "integer" for labels [N], "dense" for labels [N, V], distributions, or "linear" for the loss
         of a head with labels [N].
       options: The keywords that it takes; None reads them from its signature.
@@ -98,13 +99,16 @@ def conformance(
       name: What the report calls the loss.
       source: Lines of Python that define `loss`, for the reproductions.
       documented: By the promise's name, where the loss's documentation says that it is not kept.
+      progress: Called before each step with the number of steps done, the number of all, and a
+        description of the next.
 
     Returns:
       A `Report`; `report.holds`, `report.broken`, `report["confident rows"]`, `print(report)`.
 
     Raises:
       ValueError: `kind` or a name in `promises` is unknown, or the loss returns neither losses of shape
-        [N] nor one number. What the loss raises when it is first called is raised.
+        [N] nor one number.
+      Exception: The error of the loss when it is first called, with a note if another `kind` would do.
 
     Example:
       >>> import optax
@@ -118,11 +122,21 @@ def conformance(
     """
     chosen = PROMISES if promises is None else by_name(promises)
     name = name or getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    imports = "import jax, jax.numpy as jnp, numpy as np\n"
-    loss = Loss.of(loss_fn, kind, options, imports + (source or f"loss = {name}  # yours"))
+    source = source or (f"loss = {name}  # yours" if name.isidentifier() else "# loss = yours")
+    step = Steps(len(chosen), progress)
+    step.detail("compiling the first call")
+    try:
+        loss = Loss.of(loss_fn, kind, options, f"{IMPORTS}\n{source}")
+    except Exception as error:
+        if other := next((k for k, names in ways_to_call(loss_fn) if not names), None):
+            error.add_note(f"It can be called with kind={other!r}.")
+        raise
+    results = []
     with jax.default_matmul_precision("highest"):
-        results = tuple(_result(promise, loss, documented or {}) for promise in chosen)
-    return Report(name, kind, results)
+        for promise in chosen:
+            step(f"compiling and checking: {promise.name}")
+            results.append(_result(promise, loss, documented or {}))
+    return Report(name, kind, tuple(results))
 
 
 def by_name(names: Iterable[str]) -> tuple[Promise, ...]:
@@ -142,7 +156,8 @@ def _result(promise: Promise, loss: Loss, documented: Mapping[str, str]) -> Resu
         )
 
     if loss.kind not in promise.kinds:
-        return result(NOT_APPLICABLE, detail=f"it is not for losses of kind {loss.kind!r}")
+        kinds = " and ".join(promise.kinds)
+        return result(NOT_APPLICABLE, detail=f"the promise is about kind {kinds}")
     if lacking := [option for option in promise.needs if option not in loss.options]:
         return result(NOT_APPLICABLE, detail=f"it takes no {', '.join(lacking)}")
     try:
@@ -163,7 +178,7 @@ def _result(promise: Promise, loss: Loss, documented: Mapping[str, str]) -> Resu
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """As JSON can say it: what is not finite becomes None."""
+    """For JSON, which has no infinity: it becomes None."""
 
     def clean(x: Any) -> Any:
         return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -6,7 +6,6 @@ every class counts; odd sizes; cotangents and targets that are not uniform; rows
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from ._trial import (
     Loss,
     Measure,
     NotApplicable,
+    Raised,
     answers,
     calling,
     derivative,
@@ -38,6 +38,7 @@ from ._trial import (
     normal,
     rows,
     run,
+    what_raised,
     zeros,
 )
 
@@ -140,8 +141,13 @@ def _head_gradients(loss: Loss) -> Iterator[Measure]:
 
 
 def _taken(loss: Loss, **options: Any) -> dict[str, Any]:
-    """Those that the loss takes."""
+    """Those of the options that the loss takes."""
     return {k: x for k, x in options.items() if k in loss.options}
+
+
+def _check_returns_each(loss: Loss) -> None:
+    if loss.reduces:
+        raise NotApplicable("it returns a mean or a sum only")
 
 
 def _confident(loss: Loss) -> Iterator[Measure]:
@@ -166,10 +172,10 @@ def _ties(loss: Loss) -> Iterator[Measure]:
 
 def _independent(loss: Loss) -> Iterator[Measure]:
     """Of a batch of one size, bit by bit."""
-    if loss.reduces:
-        raise NotApplicable("it returns a mean or a sum only")
+    _check_returns_each(loss)
     is_head = loss.kind == "linear"
-    own, state = ("hidden", {"state": "hidden"}) if is_head else ("logits", {})
+    own = "hidden" if is_head else "logits"
+    state: dict[str, Any] = {"state": "hidden"} if is_head else {}
     call = loss.call(**state)
     gradient = grad_of(f"jnp.sum({call})", own)
     for n, v in ((7, 37), (601, 2049)):
@@ -209,7 +215,7 @@ def _uneven(loss: Loss) -> Iterator[Measure]:
         def total(z: Array, arrays: Any = arrays) -> Array:
             return jnp.sum(loss.raw(*loss.at_logits(arrays, z)))
 
-        call = f"jnp.sum({loss.call()})"
+        call = f"jnp.sum({loss.call(whole=True)})"
         with calling(loss, case, grad_of(call)):
             got, by_logits = jax.value_and_grad(total)(arrays[loss.position])
         exact = case.exact
@@ -225,14 +231,12 @@ def _one_class(loss: Loss) -> Iterator[Measure]:
 
 
 def _no_examples(loss: Loss) -> Iterator[Measure]:
-    if loss.reduces:
-        raise NotApplicable("it returns a mean or a sum only")
+    _check_returns_each(loss)
     for v in (5, 512):
         case = zeros(0, v)
-        losses, by_logits = derivative(loss, case)
-        says = f"has shapes {losses.shape} and {by_logits.shape}, and they are (0,) and {(0, v)}"
-        good = losses.shape == (0,) and by_logits.shape == (0, v)
-        yield flag(loss, case, f"{loss.call()}, {gradient_call(loss, case)}", good, says)
+        got, want = tuple(x.shape for x in derivative(loss, case)), ((0,), (0, v))
+        call = f"({loss.call()}.shape, {gradient_call(loss, case)}.shape)"
+        yield flag(loss, case, call, got == want, f"gives {got}, expected {want}")
 
 
 # -- rows that are not ordinary -----------------------------------------------------------------------
@@ -255,7 +259,7 @@ def _bad_rows(loss: Loss) -> Iterator[Measure]:
         return
     for bad in ([np.nan, 0.0, 0.0], [np.inf, 0.0, 0.0], [-np.inf] * 3):
         case = rows([1.0, 0.0, -1.0], bad, [0.5, 2.0, 0.0])
-        losses, by_logits = map(wide, derivative(loss, case))
+        losses, by_logits = map(np.array, derivative(loss, case))
         exact = case.exact
         yield measure(loss, case, loss.call(), losses, exact.loss, ORDINARY, 1.0)
         if np.isnan(by_logits[1]).any():  # one of them is loud enough
@@ -277,10 +281,11 @@ def _bad_states(loss: Loss) -> Iterator[Measure]:
         call = loss.call(state="hidden")
         by_hidden_call = grad_of(f"jnp.sum({call})", "hidden")
         with calling(loss, case, by_hidden_call):
-            losses, by_hidden = map(wide, _by_hidden(loss, hidden, kernel, labels))
+            losses, by_hidden = map(np.array, _by_hidden(loss, hidden, kernel, labels))
         yield measure(loss, case, call, losses, exact.loss, ORDINARY)
         want = exact.by_logits @ wide(kernel).T
-        yield measure(loss, case, by_hidden_call, by_hidden[::2], want[::2], ORDINARY, 1.0)
+        by_hidden[1] = want[1] = np.nan  # the bad row's own gradient may be anything
+        yield measure(loss, case, by_hidden_call, by_hidden, want, ORDINARY, 1.0)
 
 
 def _by_hidden(loss: Loss, *arrays: np.ndarray) -> tuple[Array, Array]:
@@ -292,12 +297,13 @@ def _by_hidden(loss: Loss, *arrays: np.ndarray) -> tuple[Array, Array]:
 def _bad_labels(loss: Loss) -> Iterator[Measure]:
     for label in (-1, 3, -100, 102):
         case = rows([1.0, 0.0, -1.0], labels=[label])
-        losses, by_logits = map(wide, derivative(loss, case))
-        why = f"nan: there is no class {label}"
-        says = f"gives {losses[0]:.6g}, and it is {why}"
-        yield flag(loss, case, loss.call(), bool(np.isnan(losses).all()), says)
-        says = f"gives {by_logits[0].tolist()}, and it is {why}"
-        yield flag(loss, case, gradient_call(loss, case), bool(np.isnan(by_logits).any()), says)
+        losses, by_logits = map(np.asarray, derivative(loss, case))
+        why = f"expected nan: there is no class {label}"
+        call = f"{loss.call()}[0]"
+        yield flag(loss, case, call, bool(np.isnan(losses).all()), f"gives {losses[0]!s}, {why}")
+        call = f"{gradient_call(loss, case)}[0].tolist()"
+        says = f"gives {by_logits[0].tolist()}, {why}"
+        yield flag(loss, case, call, bool(np.isnan(by_logits).any()), says)
 
 
 def _label_dtypes(loss: Loss) -> Iterator[Measure]:
@@ -310,7 +316,7 @@ def _label_dtypes(loss: Loss) -> Iterator[Measure]:
 
 
 def _excused(loss: Loss, options: dict[str, Any], labels: list[int]) -> Iterator[Measure]:
-    """The middle one of three examples counts nowhere, whatever its logits hold."""
+    """The middle example of three counts nowhere, whatever its logits hold."""
     for rubbish in (4.0, np.nan, np.inf, -np.inf):
         case = rows([1.0, 0.0, -1.0], [rubbish, 0.0, rubbish], [0.5, 2.0, 0.0], labels=labels)
         case = case.with_options(**options)
@@ -327,7 +333,7 @@ def _excused(loss: Loss, options: dict[str, Any], labels: list[int]) -> Iterator
 
 
 def _excused_state(loss: Loss, case: Case, rubbish: float) -> Iterator[Measure]:
-    """Of a head it is the hidden state that holds rubbish, and the kernel must not hear of it."""
+    """In a head the hidden state holds rubbish, which must not reach the kernel's gradient."""
     hidden, kernel = np.eye(3, dtype=np.float32), case.logits.copy()
     hidden[1], kernel[1] = rubbish, 1
     one = rows(*kernel[::2], labels=case.labels[::2]).exact
@@ -391,11 +397,13 @@ def _with(loss: Loss, **options: Any) -> Iterator[Measure]:
 
 def _smoothing(loss: Loss) -> Iterator[Measure]:
     yield from _with(loss, label_smoothing=0.1)
-    if "class_weights" in loss.options:
+    if "class_weights" in loss.options and loss.reduces != "mean":
         yield from _with(loss, label_smoothing=0.1, class_weights=WEIGHTS)
 
 
 def _class_weights(loss: Loss) -> Iterator[Measure]:
+    if loss.reduces == "mean":
+        raise NotApplicable("it returns a mean, which may or may not divide by the class weights")
     yield from _with(loss, class_weights=WEIGHTS)
 
 
@@ -451,7 +459,7 @@ def _mean(loss: Loss) -> Iterator[Measure]:
             options = {k: x for k, (x, _) in chosen.items()}
             weight = math.prod((x for _, x in chosen.values()), start=np.ones(n))
             want = (losses * weight).sum() / weight.sum()
-            call = loss.call(reduction="mean", **options)
+            call = loss.call(whole=True, reduction="mean", **options)
             with calling(loss, case, call):
                 got = loss.raw(*loss.arrays(case), reduction="mean", **options)
             yield measure(loss, case, call, got, want, ORDINARY)
@@ -466,7 +474,7 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
         raise NotApplicable("it takes neither weights nor ignore_index")
     options |= {"reduction": "mean"}
     case = rows([1.0, 0.0], [2.0, 3.0]).with_options(**options)
-    call, arrays = loss.call(**options), loss.arrays(case)
+    call, arrays = loss.call(whole=True, **options), loss.arrays(case)
     with calling(loss, case, grad_of(call)):
         got, by_logits = jax.value_and_grad(
             lambda z: loss.raw(*loss.at_logits(arrays, z), **options)
@@ -476,7 +484,8 @@ def _mean_of_nothing(loss: Loss) -> Iterator[Measure]:
 
 
 def _every_output(loss: Loss) -> Iterator[Measure]:
-    """Of a head also where it works in tiles."""
+    """A head is also tried at sizes for which it works in tiles."""
+    _check_returns_each(loss)
     for n, v in ((5, 37), (1101, 2049))[: 2 if loss.kind == "linear" else 1]:
         made = (
             f"g = np.resize(np.array([1.0, -0.5, 0.25, 2.0, -1.5], np.float32), {n})",
@@ -493,7 +502,7 @@ def _every_output(loss: Loss) -> Iterator[Measure]:
 
         exact = case.exact
         want = wide(g)[:, None] * exact.by_logits + wide(h)[:, None] * exact.softmax
-        outputs = loss.call(return_aux=True)
+        outputs = loss.call(whole=True, return_aux=True)
         call = grad_of(f"(lambda x, aux: g @ x + h @ aux[0])(*{outputs})")
         with calling(loss, case, call):
             got = jax.grad(total)(arrays[loss.position])
@@ -511,7 +520,7 @@ def _entropy(loss: Loss) -> Iterator[Measure]:
         def entropy(z: Array, arrays: Any = arrays) -> Array:
             return loss.fn(*loss.at_logits(arrays, z), return_aux=True)[1].entropy
 
-        call = f"{loss.call(return_aux=True)}[1].entropy"
+        call = f"{loss.call(whole=True, return_aux=True)}[1].entropy"
         gradient = grad_of(f"jnp.sum({literal(g)} * {call})")
         with calling(loss, case, gradient):
             aux = loss.fn(*arrays, return_aux=True)[1]
@@ -524,13 +533,12 @@ def _entropy(loss: Loss) -> Iterator[Measure]:
         yield measure(loss, case, gradient, by_logits, want, ORDINARY, largest_in_row(want))
     else:
         return
-    raise NotApplicable("what it returns beside the losses has no entropy")
+    raise NotApplicable("it returns no entropy beside the losses")
 
 
 def _divergence(loss: Loss) -> Iterator[Measure]:
-    """Of a student that is far from its teacher, near, and the same."""
-    if loss.reduces:
-        raise NotApplicable("it returns a mean or a sum only")
+    """The student is far from its teacher, near it, and the same."""
+    _check_returns_each(loss)
     ones = jnp.ones((1, 1), jnp.float32)
     labels: Any = Teacher(ones, ones, divergence=True)
     try:
@@ -585,9 +593,9 @@ def _half(dtype: str) -> Check:
         """Against the exact loss of the very 16-bit logits."""
         for case in (normal(7, 37, dtype=dtype), normal(3, 2049, seed=3, dtype=dtype)):
             losses, by_logits = derivative(loss, case)
-            says = f"the gradient has dtype {by_logits.dtype}, and the logits {dtype}"
-            yield flag(loss, case, loss.call(), by_logits.dtype == case.logits.dtype, says)
             exact, call = case.exact, gradient_call(loss, case)
+            says = f"gives {by_logits.dtype}, expected {dtype}"
+            yield flag(loss, case, f"{call}.dtype", by_logits.dtype == case.logits.dtype, says)
             yield measure(loss, case, loss.call(), losses, exact.loss, ORDINARY, 1.0)
             yield measure(loss, case, call, by_logits, exact.by_logits, HALF[dtype],
                           largest_in_row(exact.by_logits))  # fmt: skip
@@ -622,40 +630,68 @@ def _accumulation(loss: Loss) -> Iterator[Measure]:
         def summed(x: Array, arrays: Any = tuple(arrays), at: int = at) -> Array:
             return jnp.sum(loss.raw(*arrays[:at], x, *arrays[at + 1 :]))
 
-        call = grad_of(f"jnp.sum({loss.call(state='hidden')})", by)
+        call = grad_of(f"jnp.sum({loss.call(state='hidden', whole=True)})", by)
         with calling(loss, case, call):
             got = jax.grad(summed)(arrays[at])
         yield measure(loss, case, call, got, want, HALF["bfloat16"])
 
 
-def _head_gradient(loss: Loss, n: int, d: int, v: int, dtype: Any) -> tuple[Callable, Any]:
-    """That of a head's mean loss, and the shapes of its arguments: to be compiled, not run."""
-    arrays = (
-        jax.ShapeDtypeStruct((n, d), dtype),
-        jax.ShapeDtypeStruct((d, v), dtype),
-        jax.ShapeDtypeStruct((n,), jnp.int32),
+def _head_gradient(n: int, d: int, v: int, dtype: str) -> str:
+    """Python for that of a head's mean loss, and for the shapes of its arguments: to be compiled, and
+    not run."""
+    return (
+        f"hidden, kernel = (jax.ShapeDtypeStruct(x, jnp.{dtype}) for x in [({n}, {d}), ({d}, {v})])\n"
+        f"labels = jax.ShapeDtypeStruct(({n},), jnp.int32)\n"
+        "gradient = jax.jit(jax.grad(lambda *arrays: jnp.mean(loss(*arrays)), (0, 1)))"
     )
-    return jax.grad(lambda *args: jnp.mean(loss.raw(*args)), argnums=(0, 1)), arrays
 
 
-_MATRICES = re.compile(r"dot_general.*: \(tensor<(?:\d+x){2,}(\w+)>, tensor<(?:\d+x){2,}(\w+)>\)")
+@dataclasses.dataclass(frozen=True)
+class _Inspection:
+    """Lines of Python that make a program, which is not run, and the answer that is read from it."""
+
+    loss: Loss
+    lines: str
+    answer: str
+
+    def names(self) -> dict[str, Any]:
+        """What the lines define, and the `answer`."""
+        try:
+            return run(f"{self.lines}\nanswer = {self.answer}", loss=self.loss.raw)
+        except Exception as error:
+            raise Raised(error, self._reproduction(what_raised(error))) from error
+
+    def measure(self, got: Any, expected: str, error: float, bound: float = 0.0) -> Measure:
+        says = f"gives {got}, expected {expected}"
+        return Measure(error, bound, self._reproduction(says), says)
+
+    def _reproduction(self, says: str) -> str:
+        return f"{self.loss.source}\n{self.lines}\nprint({self.answer})  # {says}"
 
 
 def _products(loss: Loss) -> Iterator[Measure]:
     """Of the program for a TPU before XLA sees it, which needs none: a CPU has its reasons to widen."""
-    fn, arrays = _head_gradient(loss, 1024, 128, 4096, jnp.bfloat16)
+    lines = (
+        f"{_head_gradient(1024, 128, 4096, 'bfloat16')}\n"
+        "program = gradient.trace(hidden, kernel, labels)"
+        ".lower(lowering_platforms=('tpu',)).as_text()\n"
+        "import re\n"
+        f"products = re.findall({_MATRICES!r}, program)"
+    )
+    answer = "[types for types in products if not {*types} <= {'bf16', 'f16'}]"
+    inspection = _Inspection(loss, lines, answer)
     try:
-        program = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
-    except Exception as error:
+        names = inspection.names()
+    except Raised as error:
         raise NotApplicable("it cannot be lowered for a TPU from here") from error
-    products = _MATRICES.findall(program)
-    if not products:
-        raise NotApplicable("its products are not in the program, but in kernels of its own")
-    widened = [types for types in products if not set(types) <= {"bf16", "f16"}]
-    shown = ", ".join(f"{a} by {b}" for a, b in widened)
-    says = f"of {len(products)} matrix products {len(widened)} are not of 16-bit numbers: {shown}"
-    line = f"# of bfloat16 {arrays[0].shape}, {arrays[1].shape}, lowered for a TPU: {says}"
-    yield Measure(float(len(widened)), 0.0, f"{loss.source}\n{line}", says)
+    if not names["products"]:
+        raise NotApplicable("its matrix products are in kernels of its own, which hide them")
+    widened = names["answer"]
+    expected = "[]: all matrix products take 16-bit numbers"
+    yield inspection.measure(widened, expected, float(len(widened)))
+
+
+_MATRICES = r"dot_general.*: \(tensor<(?:\d+x){2,}(\w+)>, tensor<(?:\d+x){2,}(\w+)>\)"
 
 
 def _double(loss: Loss) -> Iterator[Measure]:
@@ -740,9 +776,9 @@ def _hessian_of(case: Case) -> np.ndarray:
 def _hessian(loss: Loss) -> Iterator[Measure]:
     for case in (normal(1, 5), rows([4.0, 1.0, 4.0])):
         fn, z = _function(loss, case)
-        call = f"jax.jacrev(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)"
+        call = f"jax.jacrev(jax.grad(lambda logits: jnp.sum({loss.call()})))(logits)[0, :, 0]"
         with calling(loss, case, call):
-            got = jax.jacrev(jax.grad(lambda z, fn=fn: jnp.sum(fn(z))))(z)[0, :, 0, :]
+            got = jax.jacrev(jax.grad(lambda z, fn=fn: jnp.sum(fn(z))))(z)[0, :, 0]
         yield measure(loss, case, call, got, _hessian_of(case), ORDINARY, 1.0)
 
 
@@ -758,9 +794,9 @@ def _forward_mode(loss: Loss) -> Iterator[Measure]:
     yield measure(loss, case, call, got, (exact.by_logits * tangent).sum(-1), ORDINARY, 1.0)
     case = normal(1, 5)
     fn, z = _function(loss, case, **options)
-    call = f"jax.hessian(lambda logits: jnp.sum({loss.call(**options)}))(logits)"
+    call = f"jax.hessian(lambda logits: jnp.sum({loss.call(**options)}))(logits)[0, :, 0]"
     with calling(loss, case, call):
-        got = jax.hessian(lambda z: jnp.sum(fn(z)))(z)[0, :, 0, :]
+        got = jax.hessian(lambda z: jnp.sum(fn(z)))(z)[0, :, 0]
     yield measure(loss, case, call, got, _hessian_of(case), ORDINARY, 1.0)
 
 
@@ -786,8 +822,7 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
         raise NotApplicable(
             "there is one device; jax.config.update('jax_num_cpu_devices', 2) makes two"
         )
-    if loss.reduces:
-        raise NotApplicable("it returns a mean or a sum only")
+    _check_returns_each(loss)
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2],
                          axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
     split = PartitionSpec("data")
@@ -797,10 +832,12 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
     case = normal(6, 37).and_then(
         f"g = np.resize({literal(g[:4])}, 6)",
         "from jax.sharding import AxisType, PartitionSpec",
-        "mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))  # on two devices",
+        "mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))",
         "split = PartitionSpec('data')",
         f"loss = jax.shard_map(loss, mesh=mesh, in_specs=({shown}), out_specs=split)",
     )
+    two_devices = 'import os; os.environ["JAX_NUM_CPU_DEVICES"] = "2"'
+    loss = dataclasses.replace(loss, source=f"{two_devices}\n{loss.source}")
     arrays = loss.arrays(case)
     fn = jax.shard_map(loss.raw, mesh=mesh, in_specs=specs, out_specs=split)
 
@@ -820,40 +857,47 @@ def _shard_map(loss: Loss) -> Iterator[Measure]:
 
 
 def _residuals(loss: Loss) -> Iterator[Measure]:
-    """What reverse mode keeps beside its arguments, in arrays of the logits' size; nothing is run."""
+    """The arrays of the logits' size that reverse mode keeps beside its arguments; nothing is run."""
     n, d, v = 2048, 8, 8192
-    logits, labels = jax.ShapeDtypeStruct((n, v), jnp.float32), jnp.zeros(n, jnp.int32)
-    hidden, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, d), (d, v)))
-    floats, rest = {
-        "integer": ((logits,), (labels,)),
-        "dense": ((logits, logits), ()),
-        "linear": ((hidden, kernel), (labels,)),
+    logits = f"logits = jax.ShapeDtypeStruct(({n}, {v}), jnp.float32)"
+    arrays, floats, rest = {
+        "integer": (f"{logits}\nlabels = jnp.zeros({n}, jnp.int32)", "logits", ", labels"),
+        "dense": (f"{logits}\nlabels = logits", "logits, labels", ""),
+        "linear": (
+            f"hidden = jax.ShapeDtypeStruct(({n}, {d}), jnp.float32)\n"
+            f"kernel = jax.ShapeDtypeStruct(({d}, {v}), jnp.float32)\n"
+            f"labels = jnp.zeros({n}, jnp.int32)",
+            "hidden, kernel",
+            ", labels",
+        ),
     }[loss.kind]
-
-    def kept(*floats: Array) -> list[Array]:
-        return jax.tree.leaves(jax.vjp(lambda *floats: loss.raw(*floats, *rest), *floats)[1])
-
-    with calling(loss, case := zeros(n, v), gradient_call(loss, case)):
-        jaxpr = jax.make_jaxpr(kept)(*floats).jaxpr
-    own = [x for x in jaxpr.outvars if x not in jaxpr.invars]
-    count = sum(math.prod(getattr(x.aval, "shape", ())) >= n * v for x in own)
-    says = f"reverse mode keeps {count} arrays of the size of the logits, beside its arguments"
-    shapes = ", ".join(str(x.shape) for x in floats)
-    yield Measure(float(count), 0.0, f"{loss.source}\n# of {shapes}: {says}", says)
+    lines = (
+        f"{arrays}\n"
+        f"pull = lambda {floats}: "
+        f"jax.vjp(lambda {floats}: loss({floats}{rest}), {floats})[1]\n"
+        f"jaxpr = jax.make_jaxpr(lambda *x: jax.tree.leaves(pull(*x)))({floats}).jaxpr\n"
+        "kept = [x.aval for x in jaxpr.outvars if x not in jaxpr.invars]"
+    )
+    inspection = _Inspection(loss, lines, f"[x for x in kept if x.size >= {n} * {v}]")
+    kept = inspection.names()["answer"]
+    expected = "[]: reverse mode keeps no array of the logits' size beside its arguments"
+    yield inspection.measure(kept, expected, float(len(kept)))
 
 
 def _head_memory(loss: Loss) -> Iterator[Measure]:
     """Temporary memory of the compiled gradient, in arrays of logits."""
     n, v = 1024, 65536
-    fn, arrays = _head_gradient(loss, n, 8, v, jnp.float32)
-    with calling(loss, case := zeros(n, v), gradient_call(loss, case)):
-        memory = jax.jit(fn).lower(*arrays).compile().memory_analysis()
-    if memory is None:
-        raise NotApplicable("this platform does not tell")
-    share = memory.temp_size_in_bytes / (4 * n * v)
-    says = f"the gradient of the mean takes {share:.2f} arrays of float32 logits"
-    call = f"# for hidden {arrays[0].shape}, kernel {arrays[1].shape}, compiled by jax.jit: {says}"
-    yield Measure(share, 0.5, f"{loss.source}\n{call}", says)
+    lines = (
+        f"{_head_gradient(n, 8, v, 'float32')}\n"
+        "memory = gradient.lower(hidden, kernel, labels).compile().memory_analysis()"
+    )
+    answer = f"memory and memory.temp_size_in_bytes / (4 * {n} * {v})"
+    inspection = _Inspection(loss, lines, answer)
+    share = inspection.names()["answer"]
+    if share is None:
+        raise NotApplicable("this platform does not report the memory of a program")
+    expected = "0.5 at most: temporary memory, in arrays of float32 logits"
+    yield inspection.measure(share, expected, share, 0.5)
 
 
 def _bad_input(loss: Loss) -> Iterator[Measure]:
@@ -877,8 +921,8 @@ def _bad_input(loss: Loss) -> Iterator[Measure]:
         except Exception:
             continue  # whatever it is, it is loud
         shown = ", ".join(literal(np.asarray(x)) for x in arrays)
-        says = f"{what}: accepted, where an error is due"
-        yield Measure(np.inf, 0.0, f"{loss.source}\nloss({shown})  # {says}", says)
+        says = f"{what}: accepted, expected an error"
+        yield Measure(np.inf, 0.0, f"{loss.source}\nprint(loss({shown}))  # {says}", says)
 
 
 # -- the list -----------------------------------------------------------------------------------------

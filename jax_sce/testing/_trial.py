@@ -1,4 +1,4 @@
-"""A loss on trial: called as a function of logits, whatever its signature, and its answers measured."""
+"""A loss on trial: called as a function of logits, whatever its signature, and measured."""
 
 import contextlib
 import dataclasses
@@ -26,11 +26,11 @@ TAKES = {
 
 
 class NotApplicable(Exception):
-    """The promise does not concern this loss; the message says why."""
+    """The promise is not about this loss; the message says why."""
 
 
 class Raised(Exception):
-    """The loss raised where an answer is due; the message says what."""
+    """The loss raised an error where it should have answered."""
 
     def __init__(self, error: Exception, reproduce: str):
         super().__init__(what_raised(error))
@@ -89,7 +89,7 @@ def literal(x: np.ndarray) -> str:
 
 
 def rows(*logits: Any, labels: Any = 0, dtype: Any = np.float32) -> Case:
-    """Of logits that are written down; the labels are class 0 unless they are given."""
+    """The logits are written down; the labels are class 0 unless they are given."""
     array = np.array(logits, dtype)
     return Case(array, np.broadcast_to(np.asarray(labels), array.shape[:1]).astype(np.int32))
 
@@ -121,9 +121,14 @@ def _drawn(n: int, v: int, seed: int, dtype: str, labels: str) -> Case:
     return Case(names["logits"], names["labels"], recipe=recipe)
 
 
-def run(lines: str) -> dict[str, Any]:
-    """The names that our own lines of Python define: what is shown is what is run."""
-    names: dict[str, Any] = {"np": np, "jnp": jnp}
+def first_case() -> Case:
+    """A loss is called with it before any promise is checked."""
+    return rows([0.0, 1.0], [2.0, -1.0], [0.0, 0.0], labels=[0, 1, 1])
+
+
+def run(lines: str, **names: Any) -> dict[str, Any]:
+    """The names that these lines of Python define. The lines that are shown are those that ran."""
+    names = {"jax": jax, "jnp": jnp, "np": np, **names}
     exec(lines, names)
     return names
 
@@ -131,32 +136,33 @@ def run(lines: str) -> dict[str, Any]:
 # -- the loss -----------------------------------------------------------------------------------------
 
 
+IMPORTS = "import jax, jax.numpy as jnp, numpy as np"
 _ARRAYS = ("hidden", "kernel", "logits", "labels")
 _IDENTITY = "jnp.eye(len(labels), dtype=logits.dtype)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss by its signature: what it takes, and whether it returns the loss of each example."""
+    """A loss with its signature: the keywords it takes, and whether it returns the examples' losses."""
 
     fn: Callable[..., Any]
     kind: str
     options: frozenset[str]  # the keywords that it takes
     source: str  # lines of Python that import what is needed and define `loss`
-    reduces: str = ""  # "mean" or "sum" if it returns a number only
+    reduces: str = ""  # "mean" or "sum" if it returns one number only
 
     @classmethod
     def of(cls, fn: Callable[..., Any], kind: str, options: Any, source: str) -> "Loss":
-        """Calls it once, to see what it returns.
+        """Calls it once to see what it returns.
 
         Raises:
           ValueError: It returns neither the loss of each example nor one number.
         """
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        names = _keywords(fn, kind) if options is None else frozenset(options)
+        names = keywords_of(fn, kind) if options is None else frozenset(options)
         loss = cls(fn, kind, names, source)
-        case = rows([0.0, 1.0], [2.0, -1.0], [0.0, 0.0], labels=[0, 1, 1])
+        case = first_case()
         out = fn(*loss.arrays(case))
         if isinstance(out, tuple | list | dict) or jnp.shape(out) not in ((3,), ()):
             came = type(out).__name__ if isinstance(out, tuple | list | dict) else jnp.shape(out)
@@ -171,8 +177,8 @@ class Loss:
         return dataclasses.replace(loss, reduces="mean" if is_mean else "sum")
 
     def arrays(self, case: Case) -> tuple[Array, ...]:
-        """What it is called with. A head whose hidden states are the rows of the identity has the kernel
-        for its logits, exactly."""
+        """The arrays that it is called with. A head gets the rows of the identity as hidden states, so
+        that its kernel is the logits, exactly."""
         logits, labels = jnp.asarray(case.logits), jnp.asarray(case.labels)
         if self.kind == "dense" and labels.ndim < logits.ndim:
             labels = jnp.asarray(case.targets.astype(case.logits.dtype))
@@ -182,7 +188,7 @@ class Loss:
 
     @property
     def position(self) -> int:
-        """That of the logits among what it is called with."""
+        """The position of the logits among these arrays."""
         return 1 if self.kind == "linear" else 0
 
     def at_logits(self, arrays: tuple[Array, ...], logits: Array) -> tuple[Array, ...]:
@@ -193,22 +199,31 @@ class Loss:
         return jnp.asarray(self.fn(*arrays, **options))
 
     def each(self, *arrays: Array, **options: Any) -> Array:
-        """The loss of each example, [N]; of a loss that gives but a number, by a call for each."""
+        """The loss of each example, [N]."""
         if not self.reduces:
             return self.raw(*arrays, **options)
-        one_by_one = []
-        for i in range(len(arrays[0])):
-            single = [x[i : i + 1] for x in arrays]
-            if self.kind == "linear":
-                single[1] = arrays[1]  # the kernel, which all examples share
-            one_by_one.append(self.raw(*single, **options))
-        return jnp.stack(one_by_one)
+        return run(self.defining_each, loss=self.raw)["each"](*arrays, **options)
 
-    def call(self, *, state: str = _IDENTITY, **options: Any) -> str:
-        """In Python, with those hidden states if it is of a head."""
+    @property
+    def defining_each(self) -> str:
+        """Python for the losses of the examples, by a call for each, if the loss returns one number."""
+        sliced = [name for name in ("weights", "where") if name in self.options]
+        one = ", ".join(x if x == "kernel" else f"{x}[i:i+1]" for x in TAKES[self.kind])
+        options = "options"
+        if sliced:
+            options = f"{{k: x[i:i+1] if k in {sliced} else x for k, x in options.items()}}"
+        return (
+            f"each = lambda {', '.join(TAKES[self.kind])}, **options: "
+            f"jnp.stack([loss({one}, **{options}) for i in range(len(labels))])"
+        )
+
+    def call(self, *, state: str = _IDENTITY, whole: bool = False, **options: Any) -> str:
+        """The call in Python: of `each`, or `whole`, as the loss itself is called. `state` is the hidden
+        states of a head."""
+        name = "each" if self.reduces and not whole else "loss"
         keywords = "".join(f", {k}={_shown(k, x)}" for k, x in options.items())
         hidden = f"{state}, " if self.kind == "linear" else ""
-        return f"loss({hidden}logits, labels{keywords})"
+        return f"{name}({hidden}logits, labels{keywords})"
 
 
 def replaced(arrays: tuple[Array, ...], position: int, x: Array) -> tuple[Array, ...]:
@@ -218,10 +233,10 @@ def replaced(arrays: tuple[Array, ...], position: int, x: Array) -> tuple[Array,
 def _shown(name: str, x: Any) -> str:
     if not isinstance(x, np.ndarray | Array):
         return repr(x)
-    return literal(np.asarray(x)) if x.size <= 12 else name  # which the recipe makes
+    return literal(np.asarray(x)) if x.size <= 12 else name  # the recipe defines it
 
 
-def _keywords(fn: Callable[..., Any], kind: str) -> frozenset[str]:
+def keywords_of(fn: Callable[..., Any], kind: str) -> frozenset[str]:
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
@@ -235,12 +250,12 @@ def _keywords(fn: Callable[..., Any], kind: str) -> frozenset[str]:
 
 
 class Measure(NamedTuple):
-    """The error of an answer that comes nearest to what is allowed, or exceeds it most."""
+    """The error of an answer that comes nearest to the bound, or exceeds it most."""
 
     error: float  # infinite where one is finite and the other is not
     bound: float
     reproduce: str = ""  # lines of Python
-    says: str = ""  # what came, and what was expected
+    says: str = ""  # the answer, and the expected one
 
     @property
     def holds(self) -> bool:
@@ -259,9 +274,9 @@ def _ratio(error: Any, bound: Any) -> Any:
 def measure(
     loss: Loss, case: Case, call: str, got: Any, want: Any, bound: Any, scale: Any = None
 ) -> Measure:
-    """The error relative to `scale`, the exact answer by default. `call` is how to come by the answer.
-    Numbers below the smallest normal one are as good as 0."""
-    got = wide(got)
+    """The error relative to `scale`, by default the exact answer. `call` is the Python that gives the
+    answer. Numbers below the smallest normal one count as 0."""
+    shown, got = np.asarray(got), wide(got)
     want = np.broadcast_to(wide(want), got.shape)
     scale = np.broadcast_to(np.abs(want) if scale is None else wide(scale), got.shape)
     same = (got == want) | (np.isnan(got) & np.isnan(want))
@@ -271,21 +286,21 @@ def measure(
     error = np.where(np.isnan(error), np.inf, error)
     bound = np.broadcast_to(bound, got.shape)
     at = np.unravel_index(np.argmax(_ratio(error, bound)), got.shape)
-    where = f"[{', '.join(map(str, at))}] " if got.ndim else ""
+    element = f"[{', '.join(map(str, at))}]" if got.ndim else ""
     digits = 6 if f"{got[at]:.6g}" != f"{want[at]:.6g}" else 17
-    says = f"{where}gives {got[at]:.{digits}g}, and it is {want[at]:.{digits}g}"
-    reproduce = reproduction(loss, case, call, says)
-    return Measure(float(error[at]), float(bound[at]), reproduce, says)
+    says = f"gives {shown[at]!s}, expected {want[at]:.{digits}g}"
+    reproduce = reproduction(loss, case, call + element, says)
+    return Measure(float(error[at]), float(bound[at]), reproduce, f"{element} {says}".lstrip())
 
 
 def flag(loss: Loss, case: Case, call: str, holds: bool, says: str) -> Measure:
-    """Of what has no size."""
+    """A measure of what has no size."""
     return Measure(0.0 if holds else np.inf, 0.0, reproduction(loss, case, call, says), says)
 
 
 @contextlib.contextmanager
 def calling(loss: Loss, case: Case, call: str) -> Iterator[None]:
-    """What raises within is reproduced by `call`."""
+    """An error that is raised inside is reproduced by `call`."""
     try:
         yield
     except Exception as error:
@@ -299,11 +314,13 @@ def reproduction(loss: Loss, case: Case, call: str, says: str) -> str:
     made = [name for name in _ARRAYS if any(line.startswith(f"{name} = ") for line in lines)]
     names = ", ".join(made)
     lines.append(f"{names} = map(jnp.asarray, ({names}))")  # not all losses take NumPy's
+    if "each(" in call:
+        lines.append(loss.defining_each)
     return "\n".join([*lines, f"print({call})  # {says}"])
 
 
 def derivative(loss: Loss, case: Case, g: Any = None, by: str = "logits") -> tuple[Array, Array]:
-    """The losses, and the gradient of `g . losses` by the logits, or another of the arrays."""
+    """The losses, and the gradient of `g . losses` by the logits, or by another of the arrays."""
     position = loss.position if by == "logits" else TAKES[loss.kind].index(by)
     arrays = loss.arrays(case)
 
