@@ -495,7 +495,7 @@ def stopped(path: Path, history: History, config: Config, title: str, advice: st
         raise KeyboardInterrupt(f"Stopped before the first step.{advice}") from None
     path = common.of_stopped(path)
     draw(path, history, config, title)
-    kept = f"Stopped after {steps} of {config.steps} steps. The curve so far: {path}{advice}"
+    kept = f"Stopped after {steps} of {config.steps} steps.{advice} The curve so far: {path}"
     raise KeyboardInterrupt(kept) from None
 
 

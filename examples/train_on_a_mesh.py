@@ -427,7 +427,7 @@ def main() -> None:
             os._exit(130)  # An orderly exit would wait for the other processes.
         if checkpoints:
             checkpoints.close()  # waits until the last one is saved
-        language.stopped(args.picture, history, config, title, f"\n{advice(resumable)}")
+        language.stopped(args.picture, history, config, title, f" {advice(resumable)}")
     except Exception:
         if args.processes == 1:
             raise

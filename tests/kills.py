@@ -1,9 +1,9 @@
 """Kills runs of `examples/train_on_a_mesh.py` and starts them again: `python tests/kills.py`.
 
-It prints how many runs, of one process and of two, went on as if nothing had been: after SIGKILL at a
-random moment, to one of them, the losses of all steps are those of a run that was left alone, digit by
-digit. A step is lost that was done, but after the last checkpoint. The other of two processes ends by
-itself, as on a cluster. It takes some five minutes.
+It prints how many runs of one process and of two resumed bit for bit: one process gets SIGKILL at a random
+moment, and the losses of all steps still equal those of an undisturbed run. Steps after the last checkpoint
+count as lost and are done again. If there is a second process, it ends by itself, as on a cluster. Time: some
+five minutes.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ TIMEOUT = 120  # seconds, after which a run is ended
 
 @contextlib.contextmanager
 def running(work: Path, *options: str) -> Iterator[subprocess.Popen]:
-    """A run whose output is one stream. Whatever it left running is ended with it."""
+    """A run whose output is one stream. In the end all its processes are killed."""
     script = Path(__file__).with_name("train_tiny.py")
     usual = ("--quick", f"--mesh={MESH}", f"--out={work}")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    # Most of the time goes into compilation.
+    # Compilation takes most of the time.
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(script), *usual, *options],
@@ -61,7 +61,7 @@ def running(work: Path, *options: str) -> Iterator[subprocess.Popen]:
 
 
 def finish(work: Path, *options: str) -> str:
-    """What a run that is left alone prints."""
+    """The output of an undisturbed run."""
     with running(work, *options) as process:
         output = process.stdout.read()
         if process.wait():
@@ -77,7 +77,7 @@ def losses(output: str) -> dict[int, str]:
 class Killed(NamedTuple):
     output: str  # of process 0
     survivor: str  # the output of the process that was not killed, if there is one
-    seconds: float  # from the kill until all had ended
+    seconds: float  # from the kill until all processes had ended
 
 
 def kill(work: Path, folder: Path, processes: int, draws: random.Random) -> Killed:
@@ -109,8 +109,8 @@ def kill(work: Path, folder: Path, processes: int, draws: random.Random) -> Kill
 
 
 class Resumed(NamedTuple):
-    same: bool  # every loss, before the kill and after it, is that of a run left alone
-    lost: int  # steps done, but after the last checkpoint
+    same: bool  # all losses, before the kill and after it, equal those of an undisturbed run
+    lost: int  # the number of steps after the last checkpoint
 
 
 def resume(work: Path, folder: Path, processes: int, killed: str, undisturbed: str) -> Resumed:
@@ -130,14 +130,14 @@ def resume(work: Path, folder: Path, processes: int, killed: str, undisturbed: s
 
 
 def summary(output: str) -> list[str]:
-    """The figures of the whole history: its first part a resumed run has from the checkpoint."""
+    """The figures of the whole history, whose first part a resumed run reads from the checkpoint."""
     return re.findall(r"^ *(?:training|validation) loss .*$", output, re.MULTILINE)
 
 
 def main() -> None:
     draws = random.Random()
     print(
-        "| processes | kills | survived | steps lost, mean | most | seconds until all had ended, most |"
+        "| processes | kills | resumed bit for bit | steps lost, mean | most | seconds until all had ended, most |"
     )
     print("|--:|--:|--:|--:|--:|--:|")
     for processes, count in ((1, 10), (2, 5)):
