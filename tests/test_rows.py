@@ -369,6 +369,21 @@ def test_statistics_differentiate_as_the_sum_of_exponentials_does(x64):
     np.testing.assert_allclose(stats_dot[2] - stats_dot[0], picked, rtol=TOLERANCE["float64"])
 
 
+@pytest.mark.parametrize("form", ["one pass", "on CPU"])
+def test_the_label_stays_at_the_maximum_where_its_soft_cap_is_rounded_otherwise(form, monkeypatch):
+    """As a compiler may round it, simulated: smaller for the logit of the label alone."""
+
+    def of_raw(self, x):
+        return x * (0.5 if x.shape[-1] > 1 else 0.499)
+
+    monkeypatch.setattr(Rows, "of_raw", of_raw)
+    view = rows(np.array([[1, 2, 2], [1, 2, 2]], np.float32), softcap=3.0)
+    highest, _, at_label, *_ = FORMS[form](view, jnp.array([[0], [1]], jnp.int32))
+    np.testing.assert_array_equal(highest, [[1], [1]])
+    np.testing.assert_allclose(at_label, [[0.499], [1]], rtol=TOLERANCE["rounded"])
+    assert at_label[1] == highest[1]
+
+
 # -- distributions -------------------------------------------------------------------------------
 
 
