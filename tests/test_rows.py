@@ -454,6 +454,20 @@ def test_all_rows_may_share_their_targets(form, num_classes, axis):
         assert got.size == 5
 
 
+@pytest.mark.parametrize("form", OF_TARGETS)
+def test_masked_classes_are_left_out_of_the_sums_of_targets(form):
+    z = np.array([[9, 1, 2, 0.5], [1, 3, 3, 9]], np.float32)
+    y = np.array([[4, 0.5, 0, 2], [1, 0.25, 3, 8]], np.float32)
+    keep = np.array([[False, True, True, True], [True, True, True, False]])
+    targets = targets_of(jnp.asarray(y), None, jnp.full((1, 1), 1 / 3), None)
+    got = compiled(OF_TARGETS[form])(rows(z, mask=jnp.asarray(keep)), targets)
+    z, y = (x[keep].reshape(2, 3).astype(np.float64) for x in (z, y))
+    dot = (y * (z - z.max(-1, keepdims=True))).sum(-1)
+    assert_same([x[:, 0] for x in got[:2]], exact(z), rtol=TOLERANCE["loss"])
+    for x, want in zip(got[2:], (y.sum(-1), dot, [1, 1]), strict=True):
+        np.testing.assert_allclose(x[:, 0], want, rtol=TOLERANCE["loss"])
+
+
 # -- logits that the same program computes -------------------------------------------------------
 
 
