@@ -369,6 +369,21 @@ def test_statistics_differentiate_as_the_sum_of_exponentials_does(x64):
     np.testing.assert_allclose(stats_dot[2] - stats_dot[0], picked, rtol=TOLERANCE["float64"])
 
 
+@pytest.mark.parametrize("form", ["one pass", "on CPU"])
+def test_the_label_stays_at_the_maximum_where_its_soft_cap_is_rounded_otherwise(form, monkeypatch):
+    """As a compiler may round it, simulated: smaller for the logit of the label alone."""
+
+    def of_raw(self, x):
+        return x * (0.5 if x.shape[-1] > 1 else 0.499)
+
+    monkeypatch.setattr(Rows, "of_raw", of_raw)
+    view = rows(np.array([[1, 2, 2], [1, 2, 2]], np.float32), softcap=3.0)
+    highest, _, at_label, *_ = FORMS[form](view, jnp.array([[0], [1]], jnp.int32))
+    np.testing.assert_array_equal(highest, [[1], [1]])
+    np.testing.assert_allclose(at_label, [[0.499], [1]], rtol=TOLERANCE["rounded"])
+    assert at_label[1] == highest[1]
+
+
 # -- distributions -------------------------------------------------------------------------------
 
 
@@ -437,6 +452,20 @@ def test_all_rows_may_share_their_targets(form, num_classes, axis):
     for got, want in zip(out, (0, num_classes - 1, num_classes / 2, 0), strict=True):
         np.testing.assert_array_equal(got, np.full_like(got, want))
         assert got.size == 5
+
+
+@pytest.mark.parametrize("form", OF_TARGETS)
+def test_masked_classes_are_left_out_of_the_sums_of_targets(form):
+    z = np.array([[9, 1, 2, 0.5], [1, 3, 3, 9]], np.float32)
+    y = np.array([[4, 0.5, 0, 2], [1, 0.25, 3, 8]], np.float32)
+    keep = np.array([[False, True, True, True], [True, True, True, False]])
+    targets = targets_of(jnp.asarray(y), None, jnp.full((1, 1), 1 / 3), None)
+    got = compiled(OF_TARGETS[form])(rows(z, mask=jnp.asarray(keep)), targets)
+    z, y = (x[keep].reshape(2, 3).astype(np.float64) for x in (z, y))
+    dot = (y * (z - z.max(-1, keepdims=True))).sum(-1)
+    assert_same([x[:, 0] for x in got[:2]], exact(z), rtol=TOLERANCE["loss"])
+    for x, want in zip(got[2:], (y.sum(-1), dot, [1, 1]), strict=True):
+        np.testing.assert_allclose(x[:, 0], want, rtol=TOLERANCE["loss"])
 
 
 # -- logits that the same program computes -------------------------------------------------------

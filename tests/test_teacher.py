@@ -240,6 +240,22 @@ def test_one_class_and_no_examples():
     assert nobody.shape == (0,)
 
 
+def test_examples_of_any_rank():
+    own = {"hidden": TEACHER["hidden"], "temperature": TEACHER["temperature"]}
+
+    @quick
+    def losses():
+        def of(change):
+            student = STUDENT | {"hidden": change(STUDENT["hidden"])}
+            return ours(student, TEACHER | jax.tree.map(change, own))
+
+        return [of(x) for x in (jnp.array, lambda x: x.reshape(2, 6, *x.shape[1:]), lambda x: x[0])]
+
+    want, of_rank_2, of_rank_0 = losses()
+    NEAR(of_rank_2, want.reshape(2, 6))
+    NEAR(of_rank_0, want[0])
+
+
 # -- types, transformations, devices ------------------------------------------------------------------
 
 
