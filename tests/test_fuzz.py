@@ -179,7 +179,8 @@ def test_anything_is_right_or_named(kind, name):
         shown = f"{type(x).__name__} {x!r}"[:80]
         call = functools.partial(FUNCTIONS[kind], **{**GOOD[kind], name: x})
         try:  # what is right is traced, and takes no time
-            out = jax.eval_shape(call) if is_right(kind, name, x) else call()
+            with np.errstate(over="ignore"):  # 1e300 is infinite in float32
+                out = jax.eval_shape(call) if is_right(kind, name, x) else call()
         except (TypeError, ValueError) as error:
             if is_right(kind, name, x):
                 wrong.append(f"{shown}: right, but {type(error).__name__}: {error}")
