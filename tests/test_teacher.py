@@ -243,7 +243,7 @@ def test_one_class_and_no_examples():
 def test_examples_of_any_rank():
     own = {"hidden": TEACHER["hidden"], "temperature": TEACHER["temperature"]}
 
-    @quick
+    @jax.jit
     def losses():
         def of(change):
             student = STUDENT | {"hidden": change(STUDENT["hidden"])}
