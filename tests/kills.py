@@ -1,9 +1,9 @@
 """Kills runs of `examples/train_on_a_mesh.py` and starts them again: `python tests/kills.py`.
 
-It prints how many runs of one process and of two resumed bit for bit: one process gets SIGKILL at a random
-moment, and the losses of all steps still equal those of an undisturbed run. Steps after the last checkpoint
-count as lost and are done again. If there is a second process, it ends by itself, as on a cluster. Time: some
-five minutes.
+It prints how many runs of one process and of two resumed bit for bit: one process gets SIGKILL at a
+random moment, and the losses of all steps still equal those of an undisturbed run. Steps after the last
+checkpoint count as lost and are done again. If there is a second process, it ends by itself, as on a
+cluster. It takes some five minutes.
 """
 
 import contextlib
@@ -137,7 +137,8 @@ def summary(output: str) -> list[str]:
 def main() -> None:
     draws = random.Random()
     print(
-        "| processes | kills | resumed bit for bit | steps lost, mean | most | seconds until all had ended, most |"
+        "| processes | kills | resumed bit for bit | steps lost, mean | most "
+        "| seconds until all had ended, most |"
     )
     print("|--:|--:|--:|--:|--:|--:|")
     for processes, count in ((1, 10), (2, 5)):
