@@ -257,7 +257,11 @@ def readme_lines():
         return f"{ours:.{digits}f} {unit}; whole logits {whole:.{digits}f} {unit}"
 
     ours, whole = (gradient(cpu, "linear", (1024, 64, 32000), peer=x) for x in ("jax_sce", "naive"))
-    head = f"{ours['ratio']:.2f} × whole logits", memory(ours, whole, "MiB", 20, 0)
+    heads = [ours, *rows_of("heads.json")]
+    heads = [row for row in heads if (row["peer"], row["dtype"]) == ("jax_sce", "float32")]
+    ratios = [row["ratio"] for row in heads]
+    times = f"{min(ratios):.2f} to {max(ratios):.2f} × whole logits"
+    head = times, memory(ours, whole, "MiB", 20, 0)
     yield "CPU, two threads", logits(cpu, (512, 32000)), *head, "measured"
 
     ours, whole = (
