@@ -332,10 +332,11 @@ def test_of_several_axes_of_examples_the_first_is_split(kind):
     assert_close(derivatives(shard(FUNCTIONS[kind], mesh, classes=classes), floats, rest), want)
 
 
-def test_mass_on_a_device_without_classes_costs_infinity():
-    """All of its logits are -inf: no classes, to which no mass may go."""
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mass_on_a_device_without_classes_costs_infinity(dtype, x64):
+    """All of its logits are -inf: no classes, to which no mass may go. By the kernel and without it."""
     mesh, classes = make_mesh("1x8")
-    z, y = logits()[:3], labels("dense")[:3]
+    z, y = (x[:3].astype(dtype) for x in (logits(), labels("dense")))
     z[:, :2], y[0, :2], y[1, 1] = -np.inf, 0, 0
     losses = shard(DENSE, mesh, classes=classes)(z, y)
     np.testing.assert_array_equal(losses[1:], np.inf)
