@@ -1,6 +1,7 @@
 """Classes and examples split over devices: values and gradients as on one, and little crosses."""
 
 import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -341,6 +342,13 @@ def test_mass_on_a_device_without_classes_costs_infinity(dtype, x64):
     losses = shard(DENSE, mesh, classes=classes)(z, y)
     np.testing.assert_array_equal(losses[1:], np.inf)
     assert_close(losses, DENSE(z, y))
+
+
+def test_a_function_of_shard_has_the_name_and_the_signature_of_the_loss():
+    for loss in FUNCTIONS.values():
+        sharded = shard(loss)
+        assert (sharded.__name__, sharded.__doc__) == (loss.__name__, loss.__doc__)
+        assert inspect.signature(sharded) == inspect.signature(loss)
 
 
 # -- the promises of the conformance suite, at any size -----------------------------------------------
