@@ -1355,3 +1355,11 @@ def test_on_a_mesh_of_which_some_axes_are_explicit():
         assert_close(
             jax.device_get([each, mean]), [want, want.mean() if n else np.float32(0)], rtol=1e-5
         )
+
+
+def test_a_loop_has_a_shard_for_each_device_if_that_divides_the_examples():
+    size, plan = _chunks.LOOP.values, _chunks.Plan
+    assert _chunks.plan(64, 5, 8, size, 16) == plan(shards=8, per_shard=8, chunk=2)
+    assert _chunks.plan(12, 5, 8, size, 16) == plan(shards=4, per_shard=3, chunk=3)
+    assert _chunks.plan(7, 5, 8, size, 16) == plan(shards=1, per_shard=7, chunk=7)
+    assert _chunks.plan(0, 5, 8, size, 16) == plan(shards=1, per_shard=0, chunk=1)
