@@ -1333,3 +1333,33 @@ def test_on_a_mesh_with_explicit_axes(specs, reduction, is_set):
     assert jax.typeof(got[0]).sharding.spec == of_loss
     assert jax.typeof(got[1][0]).sharding.spec == P(*of_examples[:3])
     assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-5)
+
+
+def test_on_a_mesh_of_which_some_axes_are_explicit():
+    """And on one with explicit axes, of no examples: the compiler lays out what lies between."""
+    some = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    all_axes = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    for mesh, n in ((some, 8), (all_axes, 0)):
+        given = arrays(n, 3, 6, np.float32, bias=None)
+        want = naive(**given)
+        whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        placed = {k: jax.device_put(x, whole if k == "kernel" else rows) for k, x in given.items()}
+
+        def losses(placed):
+            (each, aux), mean = head(**placed, return_aux=True), head(**placed, reduction="mean")
+            return each, mean, aux.log_normalizer
+
+        each, mean, log_normalizer = quick(losses)(placed)
+        for x, spec in ((each, P("data")), (log_normalizer, P("data")), (mean, P())):
+            assert jax.typeof(x).sharding.spec == spec
+        assert_close(
+            jax.device_get([each, mean]), [want, want.mean() if n else np.float32(0)], rtol=1e-5
+        )
+
+
+def test_a_loop_has_a_shard_for_each_device_if_that_divides_the_examples():
+    size, plan = _chunks.LOOP.values, _chunks.Plan
+    assert _chunks.plan(64, 5, 8, size, 16) == plan(shards=8, per_shard=8, chunk=2)
+    assert _chunks.plan(12, 5, 8, size, 16) == plan(shards=4, per_shard=3, chunk=3)
+    assert _chunks.plan(7, 5, 8, size, 16) == plan(shards=1, per_shard=7, chunk=7)
+    assert _chunks.plan(0, 5, 8, size, 16) == plan(shards=1, per_shard=0, chunk=1)

@@ -1,6 +1,7 @@
 """Classes and examples split over devices: values and gradients as on one, and little crosses."""
 
 import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -331,14 +332,22 @@ def test_of_several_axes_of_examples_the_first_is_split(kind):
     assert_close(derivatives(shard(FUNCTIONS[kind], mesh, classes=classes), floats, rest), want)
 
 
-def test_mass_on_a_device_without_classes_costs_infinity():
-    """All of its logits are -inf: no classes, to which no mass may go."""
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mass_on_a_device_without_classes_costs_infinity(dtype, x64):
+    """All of its logits are -inf: no classes, to which no mass may go. By the kernel and without it."""
     mesh, classes = make_mesh("1x8")
-    z, y = logits()[:3], labels("dense")[:3]
+    z, y = (x[:3].astype(dtype) for x in (logits(), labels("dense")))
     z[:, :2], y[0, :2], y[1, 1] = -np.inf, 0, 0
     losses = shard(DENSE, mesh, classes=classes)(z, y)
     np.testing.assert_array_equal(losses[1:], np.inf)
     assert_close(losses, DENSE(z, y))
+
+
+def test_a_function_of_shard_has_the_name_and_the_signature_of_the_loss():
+    for loss in FUNCTIONS.values():
+        sharded = shard(loss)
+        assert (sharded.__name__, sharded.__doc__) == (loss.__name__, loss.__doc__)
+        assert inspect.signature(sharded) == inspect.signature(loss)
 
 
 # -- the promises of the conformance suite, at any size -----------------------------------------------
