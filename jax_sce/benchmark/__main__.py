@@ -40,7 +40,7 @@ MACHINES = ("h100", "v5p", "v6e")
 
 ROUNDS, QUICK_ROUNDS = 5, 3
 FOLDER = Path("jax_sce-benchmark")  # for the report and the pictures, by default
-DESCRIPTION = f"""\
+DESCRIPTION = """\
 Measure the losses on this machine, beside those of other libraries. It takes
 about five minutes on a CPU, with --quick less than one.
 
