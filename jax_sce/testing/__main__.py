@@ -72,6 +72,7 @@ def main() -> int:
     else:
         print(markdown(reports))
     if args.candidate is None:
+        console.print("\nTo test one of them alone: python -m jax_sce.testing with", style="dim")
         for peer in PEERS:
             if peer.installed:
                 line = f"{peer.name} ({peer.package} {peer.version}): {peer.candidate.options}"

@@ -90,7 +90,7 @@ def _by_promise(reports: Sequence[Report]) -> tuple[list[tuple[Result, ...]], li
 
 
 def _closing_line(kept: Sequence[str]) -> str:
-    return f"Kept wherever they apply: {', '.join(kept)}." if kept else "Each promise is broken."
+    return f"Kept wherever they apply: {', '.join(kept)}." if kept else "No promise is kept by all."
 
 
 def _mark(result: Result, documented: str = "(no)") -> str:
