@@ -1,16 +1,16 @@
-"""Softmax cross-entropy for JAX: accurate, small, called as optax's.
+"""Softmax cross-entropy for JAX: accurate, small, with optax's API.
 
     softmax_cross_entropy_with_integer_labels(logits, labels)
         one class per example
     softmax_cross_entropy(logits, labels)
         a distribution over the classes per example
     linear_softmax_cross_entropy(hidden, kernel, labels)
-        either, for logits = hidden @ kernel, which are never stored
+        either of them for logits = hidden @ kernel, which are never stored
     shard(loss, mesh)
-        any of the three, on a mesh of devices
+        any of the three on a mesh of devices
 
-Sparse and Teacher are two more kinds of labels. With return_aux=True a
-loss also returns a CrossEntropyAux.
+Labels can also be a Sparse or a Teacher. With return_aux=True a loss also
+returns a CrossEntropyAux.
 
 Modules: native (is the fast CPU kernel in use?), reference (the naive
 formulas), testing (check a loss), benchmark (time losses).

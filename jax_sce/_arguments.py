@@ -1,4 +1,4 @@
-"""Check the arguments once, convert them to arrays, and pass the options on as one object."""
+"""Check the arguments and convert them to arrays. The options become one object, `Options`."""
 
 import dataclasses
 import math
@@ -19,17 +19,20 @@ from ._targets import Sparse, Teacher
 from ._types import ArrayLike
 
 REDUCTIONS = ("none", "sum", "mean")
-_CUT_BY_JAX = (np.int64, np.uint64)  # NumPy's, to 32 bits, unless x64 is enabled
+_CUT_BY_JAX = (np.int64, np.uint64)  # without x64, JAX truncates them to 32 bits
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of every loss. An array that is not used is None, so it costs nothing. Numbers are in
-    the dtype that the loss is computed in."""
+    """The options of every loss. An array option that is not used is None, so it costs nothing. The
+    others have the dtype that the loss is computed in."""
 
-    valid: Array | None = None  # bool, [N...]: the examples that count, unless their weight is 0
+    valid: Array | None = (
+        None  # bool, [N...]: False if an example does not count, whatever its weight
+    )
     weights: Array | None = None  # [N...]
     label_smoothing: Array | None = None  # scalar
     class_weights: Array | None = None  # [V]
@@ -46,12 +49,12 @@ class Options:
     precision: Any = field(default=None, metadata=STATIC)  # of the head's products
 
     def arrays(self) -> dict[str, Array]:
-        """The arrays that are used, by name."""
+        """The array options that are used, by name."""
         fields = {name: getattr(self, name) for name in _ARRAYS}
         return {name: x for name, x in fields.items() if x is not None}
 
     def where(self, keep: Array | None) -> "Options":
-        """Leave out the examples where `keep` is False, too."""
+        """The same options, but examples where `keep` is False are not valid either."""
         if keep is None:
             return self
         valid = keep if self.valid is None else self.valid & keep
@@ -77,7 +80,7 @@ def options(
     axis_name: AxisName, forward_mode: bool, return_aux: bool, chunk_size: int | None = None,
     precision: Any = None,
 ) -> Options:  # fmt: skip
-    """Check the options, given by their public names. `dtype` is that of the logits."""
+    """Check the options. The keywords are the public argument names; `dtype` is that of the logits."""
     dtype = compute_dtype(dtype)
 
     def number(name: str, x: ArrayLike, interval: str | None = None) -> Array | None:
@@ -113,8 +116,8 @@ def options(
 def masks(
     where: ArrayLike | None, logits_shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> tuple[Array | None, Array | None]:
-    """`where` as a mask of examples, [N...], or as a mask of classes, with the logits' rank. Only its
-    rank decides."""
+    """`where` as a pair: a mask of examples, [N...], and a mask of classes, with the logits' rank. At
+    least one of them is None. The rank of `where` decides which."""
     if where is None:
         return None, None
     where = array("where", where, "bool")
@@ -125,8 +128,8 @@ def masks(
         return jnp.broadcast_to(where, batch), None
     mask = tuple(n if a in axes else 1 for a, n in enumerate(logits_shape))
     raise ValueError(
-        f"where must broadcast to the examples, {batch}, or with the logits' rank to the logits, "
-        f"{logits_shape}, got {where.shape}; a mask of classes for all examples has shape {mask}"
+        f"where must have shape {batch}, a mask of examples, or {logits_shape}, a mask of classes (axes "
+        f"of size 1 broadcast), got {where.shape}; a mask of classes for all examples has shape {mask}"
     )
 
 
@@ -141,12 +144,14 @@ def batch_shape(logits_shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[i
 def labels(
     x: ArrayLike, has_ids: bool, ignore_index: Any, advice: str = ""
 ) -> tuple[Array, int | None]:
-    """Labels as an array (of integers, if they are class ids), and the value of `ignore_index` in it."""
+    """Labels as an array (of integers, if `has_ids`), and the value that `ignore_index` has in it."""
     ignored = integer_or_none("ignore_index", ignore_index)
     if isinstance(x, Sparse):
-        raise TypeError("labels must be class ids, got Sparse, which softmax_cross_entropy takes")
+        raise TypeError("labels must be class ids, got a Sparse; pass it to softmax_cross_entropy")
     if isinstance(x, Teacher):
-        raise TypeError("labels must not be a Teacher, which linear_softmax_cross_entropy takes")
+        raise TypeError(
+            "labels must be an array, got a Teacher; only linear_softmax_cross_entropy takes one"
+        )
     if not has_ids:
         return array("labels", x, "real"), ignored
     return class_ids("labels", x, ignored, advice)
@@ -161,8 +166,8 @@ def class_ids(
 
 
 def _narrowed(x: ArrayLike, ignored: int | None) -> tuple[ArrayLike, int | None]:
-    """Convert NumPy's and Python's integers to 32 bits. JAX would cut larger ones, which turns a bad
-    label into another class. Here they become -1 or the largest int32, and ignored ones become -2."""
+    """Convert NumPy's and Python's integers to 32 bits. JAX would truncate larger ones, which can turn a
+    bad label into another class. Here those become -1 or the largest int32, and ignored labels -2."""
     try:
         wide = _wide_integers(x)
     except (TypeError, ValueError):
@@ -193,7 +198,7 @@ def sparse(labels: Sparse, batch: tuple[int, ...]) -> Sparse:
     ids, _ = class_ids("labels.ids", labels.ids, None)
     if ids.shape[:-1] != batch or ids.ndim != len(batch) + 1 or ids.shape[-1] == 0:
         raise ValueError(
-            f"labels.ids must have shape {_with_axis(batch, 'K')}, K at least 1, got {ids.shape}"
+            f"labels.ids must have shape {_with_axis(batch, 'K')} with K at least 1, got {ids.shape}"
         )
     values = array("labels.values", labels.values, "real", ids.shape)
     if not jnp.issubdtype(values.dtype, jnp.floating):
@@ -206,7 +211,7 @@ def _with_axis(batch: tuple[int, ...], axis: str) -> str:
 
 
 def teacher(labels: Teacher, batch: tuple[int, ...], num_classes: int) -> Teacher:
-    """Check the arrays, broadcast the temperature to [N...], and make all of them constants."""
+    """Check the arrays, broadcast the temperature to [N...], and stop the gradients of all arrays."""
     hidden = array("labels.hidden", labels.hidden, "floating")
     kernel = array("labels.kernel", labels.kernel, "floating")
     if hidden.ndim != len(batch) + 1 or hidden.shape[:-1] != batch:
@@ -238,7 +243,8 @@ def rank_of_labels(x: Any) -> int:
 
 
 def not_ignored(labels: Array, ignore_index: int | None) -> Array | None:
-    """bool, [N...]: which labels differ from `ignore_index`; None for all. No integer wraps around."""
+    """bool, [N...]: which labels differ from `ignore_index`. None means all, also if `ignore_index` does
+    not fit in the dtype of the labels."""
     if ignore_index is None:
         return None
     info = jnp.iinfo(labels.dtype)
@@ -250,10 +256,13 @@ def not_ignored(labels: Array, ignore_index: int | None) -> Array | None:
 # -- arrays -------------------------------------------------------------------------------------------
 
 _KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "floating": ("have a floating dtype", (jnp.floating,)),
-    "integer": ("have an integer dtype", (jnp.integer,)),  # bool is not an integer here
+    "floating": ("have a floating-point dtype", (jnp.floating,)),
+    "integer": ("have an integer dtype", (jnp.integer,)),  # `jnp.integer` does not include bool
     "bool": ("have dtype bool", (jnp.bool_,)),
-    "real": ("have a real dtype", (jnp.floating, jnp.integer, jnp.bool_)),
+    "real": (
+        "have a floating-point, integer or bool dtype",
+        (jnp.floating, jnp.integer, jnp.bool_),
+    ),
 }
 
 
@@ -261,7 +270,8 @@ def array(
     name: str, x: ArrayLike, kind: str, expected: tuple[int, ...] | None = None,
     noun: str = "an array", advice: str = "",
 ) -> Array:  # fmt: skip
-    """`x` as an array. Its dtype must be of that kind, and its shape the expected one, if any."""
+    """`x` as an array. `kind` is a key of `_KINDS`; `expected` is the shape that it must have, if
+    any."""
     if x is None or isinstance(x, str):
         raise TypeError(f"{name} must be {noun}, got {x!r}")
     if kind == "real" and isinstance(x, np.ndarray | np.generic) and x.dtype in _CUT_BY_JAX:
@@ -274,7 +284,7 @@ def array(
     if not any(jnp.issubdtype(out.dtype, dtype) for dtype in dtypes):
         raise TypeError(f"{name} must {expectation}, got {out.dtype}{advice}")
     if jnp.issubdtype(out.dtype, jnp.floating) and out.dtype.name not in FLOATS:
-        raise TypeError(f"{name} must have a dtype among {', '.join(FLOATS)}, got {out.dtype}")
+        raise TypeError(f"{name} must have dtype {_FLOAT_NAMES}, got {out.dtype}")
     if expected is not None:
         shape(name, out, expected)
     return out
@@ -295,14 +305,14 @@ def of_examples(
         return numbers
     if numbers.ndim and not (numbers.ndim == len(batch) and _broadcasts(numbers.shape, batch)):
         raise ValueError(
-            f"{name} must be a number or have shape {batch}, or 1 in place of some of these sizes, "
+            f"{name} must be a number or have shape {batch} (axes of size 1 broadcast), "
             f"got {numbers.shape}"
         )
     return jnp.broadcast_to(numbers, batch)
 
 
 def scalar(name: str, x: ArrayLike, interval: str | None = None) -> Array:
-    """`x` as a real scalar. If its value is known while tracing, it must lie in the interval, e.g.
+    """`x` as a real scalar. A value that is known while tracing must lie in `interval`, e.g.
     "(0, inf)"."""
     number = array(name, x, "real", noun="a number")
     if number.ndim:
@@ -340,19 +350,21 @@ def class_axes(axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
         )
     axes = tuple(a % ndim for a in axes)
     if not axes or len(set(axes)) < len(axes):
-        raise ValueError(f"axis must name each axis once, and at least one, got {axis}")
+        raise ValueError(f"axis must name at least one axis, and none twice, got {axis}")
     return axes
 
 
 def num_classes(logits: Array, axes: tuple[int, ...]) -> int:
     count = math.prod(logits.shape[a] for a in axes)
-    check_classes("logits", count, f"shape {logits.shape} with classes on {axes}")
+    check_classes("logits", count, f"shape {logits.shape} with the classes on axis {axes}")
     return count
 
 
 def check_classes(name: str, count: Any, got: str) -> None:
-    if not isinstance(count, int):  # in an exported program, where only examples may be symbolic
-        raise ValueError(f"{name} must have a known number of classes, got {got}")
+    if not isinstance(count, int):  # symbolic, in `jax.export`; only the examples may be
+        raise ValueError(
+            f"{name} must have a known number of classes, not a symbolic one, got {got}"
+        )
     if count == 0:
         raise ValueError(f"{name} must have at least one class, got {got}")
 
@@ -365,14 +377,14 @@ def head(hidden: Array, kernel: Array) -> tuple[tuple[int, ...], int]:
         raise ValueError(
             f"kernel must have shape ({hidden.shape[-1]}, classes) for hidden of shape {hidden.shape}, "
             f"got {kernel.shape}"
-            + (": transpose it" if kernel.shape[1:] == hidden.shape[-1:] else "")
+            + ("; pass its transpose" if kernel.shape[1:] == hidden.shape[-1:] else "")
         )
     check_classes("kernel", kernel.shape[1], f"shape {kernel.shape}")
     return hidden.shape[:-1], kernel.shape[1]
 
 
 def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
-    """The dtype of the head's products: `dtype`, or the wider one of the operands."""
+    """The dtype of the head's matrix products: `dtype`, or the wider dtype of the operands."""
     if dtype is None:
         return wider("hidden", hidden, "kernel", kernel, ", unless dtype is given")
     try:
@@ -381,30 +393,30 @@ def product_dtype(dtype: Any, hidden: Array, kernel: Array) -> jnp.dtype:
     except TypeError:
         given = None
     if given is None:
-        raise TypeError(f"dtype must be a floating dtype or None, got {dtype!r}")
+        raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
     if given.name not in FLOATS:
-        raise TypeError(f"dtype must be among {', '.join(FLOATS)}, got {given}")
+        raise TypeError(f"dtype must be {_FLOAT_NAMES}, got {given}")
     return jnp.dtype(jax.dtypes.canonicalize_dtype(given))
 
 
 def wider(name: str, x: Array, other: str, y: Array, advice: str = "") -> jnp.dtype:
-    """The dtype that JAX promotes both to."""
+    """The dtype that JAX promotes `x` and `y` to."""
     try:
         return jnp.promote_types(x.dtype, y.dtype)
     except ValueError:
-        expected = f"the dtype of {name}, {x.dtype}, under strict promotion{advice}"
+        expected = f"the dtype of {name}, {x.dtype}, under strict dtype promotion{advice}"
         raise TypeError(f"{other} must have {expected}, got {y.dtype}") from None
 
 
 def product_precision(x: Any) -> Any:
-    """A precision that `jax.numpy.dot` accepts. Its own error explains a wrong one."""
+    """`x`, if `jax.numpy.dot` accepts it as a precision. The error quotes that of `jax.numpy.dot`."""
     if x is not None:
         one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
         try:
             hash(x)
             jax.eval_shape(lambda a: jnp.dot(a, a, precision=x), one)
         except Exception as error:
-            expected = "precision must be one that jax.numpy.dot takes"
+            expected = "precision must be one that jax.numpy.dot accepts"
             raise TypeError(f"{expected}, got {x!r}: {error}") from error
     return x
 
@@ -433,7 +445,7 @@ def integer_or_none(name: str, x: Any) -> int | None:
 def positive_or_none(name: str, x: Any) -> int | None:
     value = integer_or_none(name, x)
     if value is not None and value <= 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
+        raise ValueError(f"{name} must be positive, got {value}")
     return value
 
 
@@ -450,17 +462,17 @@ def mesh_axes(name: str, x: Any) -> tuple[str, ...]:
 def split_over(name: str, x: Array, axis_name: AxisName) -> None:
     if whole := _axis.whole_over(axis_name, x):
         raise ValueError(
-            f"{name} must be split over the mesh axis {whole[0]!r} of axis_name, got the same on all "
-            "its devices"
+            f"{name} must be split over the mesh axis {whole[0]!r} (see axis_name), got the same array "
+            "on all its devices"
         )
 
 
 def manual_axes(name: str, x: Any) -> AxisName:
-    """`x`, if it names axes of the `jax.shard_map` that we are in."""
+    """`x`, if it names mesh axes of the enclosing `jax.shard_map`."""
     for axis in mesh_axes(name, x):
         try:
             _axis.size(axis)
         except NameError:
-            inside = "an axis of the mesh inside jax.shard_map"
-            raise ValueError(f"{name} must name {inside}, got {axis!r}") from None
+            expected = "a mesh axis of the enclosing jax.shard_map"
+            raise ValueError(f"{name} must name {expected}, got {axis!r}") from None
     return x

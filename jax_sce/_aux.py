@@ -1,4 +1,4 @@
-"""What the losses return for each example besides the loss."""
+"""The further results of a loss, for each example (`return_aux`)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,37 @@ from . import _axis, _backend, _layout
 from ._rows import Rows
 from ._weighting import Losses, only
 
-NO_RANK = 2**31 - 1  # in no top k
+NO_RANK = 2**31 - 1  # a label of this rank is in no top k
 
 
 class CrossEntropyAux(NamedTuple):
-    """Further results of a loss, [N...] each. An unused field costs nothing.
+    """What a loss returns besides the loss. Every field is [N...].
 
-    log_normalizer: float32 (float64 for float64 inputs), differentiated
-      exactly.
-    prediction: int32, the class of the largest logit, the lowest of equal ones.
-    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent class
-      adds nothing.
-    rank: int32, how many classes rank above the label; of equal logits the
-      lower class ranks above. The label is among the top k if its rank is less
-      than k. None if labels are not class ids.
+    Under `jax.jit`, a field that you do not use costs nothing.
+
+    log_normalizer: log sum_k e^z_k, in float32 (float64 for float64
+      inputs). It is differentiated exactly.
+    prediction: int32, the class of the largest logit. If several are equal,
+      it is the lowest class.
+    entropy: -sum_j o_j log o_j in nats, differentiated exactly. An absent
+      class adds nothing.
+    rank: int32, the number of classes that rank above the label. Of two
+      equal logits, the one of the lower class ranks above. The label is
+      among the top k if its rank is less than k. None if labels are not
+      class ids.
     teacher_entropy: The entropy of a `Teacher`'s softmax, a constant. None
       without a `Teacher`.
 
-    An example that does not count has 0, prediction -1, and rank 2^31 - 1. A
-    bad label has that rank, too.
+    If an example does not count, its prediction is -1, its rank 2^31 - 1,
+    and the other fields are 0. The rank of a bad label is 2^31 - 1, too.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_sce import softmax_cross_entropy_with_integer_labels
+      >>> loss, aux = softmax_cross_entropy_with_integer_labels(
+      ...     jnp.array([1.2, -0.8, -0.5]), 2, return_aux=True)
+      >>> print(f"{loss:.4f} {aux.prediction} {aux.rank}")
+      1.9761 0 1
     """
 
     log_normalizer: Array
@@ -51,7 +63,7 @@ def aux_of(rows: Rows, ids: Array | None, losses: Losses, counts: Array | None) 
 
 
 def _raw(rows: Rows) -> Array:
-    # Soft-cap and temperature keep the order of the logits.
+    # Soft-cap and temperature do not change the order of the logits, so they are not applied.
     return rows.masked(lax.stop_gradient(rows.logits))
 
 

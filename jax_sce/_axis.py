@@ -1,14 +1,15 @@
-"""Classes that a mesh axis splits, inside `jax.shard_map`: how devices communicate, and which values
-vary over the axis.
+"""Communication over a mesh axis that splits the classes, inside `jax.shard_map`, and the tracking of
+which values vary over it.
 
 All devices hold equally many classes, in the order of the axis. For each row they exchange only its
-largest logit and sums over its classes. If `axis_name` is None, nothing is split and every function
-here is the identity.
+largest logit and sums over its classes. If `axis_name` is None, nothing is split, and the functions here
+communicate nothing.
 
-JAX tracks which values vary over a mesh axis. Where a value that does not vary meets one that does, JAX
-sums its cotangent over the axis. So values that all devices share are made to vary before a rule: their
-gradients are then summed once, outside. With `check_vma=False` JAX tracks nothing. Then each device has
-a sum's result for itself, and its cotangent is the sum over the devices (`total_cotangent`)."""
+JAX tracks which values vary over a mesh axis. If an operation combines a value that does not vary with
+one that does, JAX sums the cotangent of the first over the axis. So we make values that all devices
+share vary before a rule: their gradients are then summed once, outside the rule. With `check_vma=False`
+JAX tracks nothing. Then every device has its own copy of a `psum`'s result, and the cotangent of the
+result is the sum of the cotangents of the copies (`total_cotangent`)."""
 
 import functools
 from typing import Any
@@ -42,7 +43,8 @@ def largest(axis_name: AxisName, x: Array) -> Array:
 
 
 def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
-    """The place of the largest logit of all devices (the first of equal ones), given each device's."""
+    """The class of the largest logit of all devices (the first of equal ones). `highest` and `place` are
+    the largest logit of each device and its class."""
     if axis_name is None:
         return place
     leads = highest == largest(axis_name, highest)
@@ -50,12 +52,13 @@ def first_place(axis_name: AxisName, highest: Array, place: Array) -> Array:
 
 
 def total_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
-    """Sum the cotangents of a rule's results over the devices, if JAX does not do it."""
+    """Sum the cotangents of a rule's results over the devices, unless JAX does it."""
     return cotangents if _is_followed(axis_name) else lax.psum(cotangents, axis_name)
 
 
 def divided_cotangent(axis_name: AxisName, cotangents: Any) -> Any:
-    """Divide by the axis size, so that the rule's sum over the devices restores the cotangents."""
+    """Divide by the axis size if JAX does not sum: `total_cotangent` in a rule restores the
+    cotangents."""
     if _is_followed(axis_name):
         return cotangents
     return jax.tree.map(lambda g: g / size(axis_name), cotangents)
@@ -66,7 +69,7 @@ def _is_followed(axis_name: AxisName) -> bool:
 
 
 def whole_over(axis_name: AxisName, x: Array) -> tuple[str, ...]:
-    """The axes that should split `x`, but over which JAX knows it to be the same on all devices."""
+    """The axes of `axis_name` over which JAX knows `x` to be the same on all devices."""
     if axis_name is None or not _is_followed(axis_name):
         return ()
     return tuple(sorted(n for n in names(axis_name) - varying(x) if size(n) > 1))

@@ -1,16 +1,16 @@
-"""The seam: choose the code of a row operation for the platform that a program is compiled for.
+"""Choose the implementation of a row operation for the platform that a program is compiled for.
 
-`_rows.py` has each row operation in plain JAX. Here each is bound as one primitive, whose derivative,
-batching rule and fallback come from the plain form. A platform in `BACKENDS` may replace it by a kernel
-(an opaque call), or by another form in plain JAX that suits its compiler. No code above this file knows
-about platforms.
+`_rows.py` has each row operation in plain JAX. Here each becomes a JAX primitive. Its derivative, its
+batching rule and its fallback come from the plain form. A platform in `BACKENDS` may replace the plain
+form by a kernel (an opaque call), or by another form in plain JAX that suits its compiler. The modules
+that call these operations know nothing about platforms.
 
 A kernel computes the rows of one device. In a program for one device, or inside `jax.shard_map` over
 all axes of the mesh, it is called directly. In a program that the compiler splits over devices,
-`custom_partitioning` calls it on each device for the device's own rows; if the classes are split, the
-plain form runs on each device and the statistics of the parts are merged. Everywhere else the plain form
-is used: in exported programs, which must run without the kernel, on meshes with explicit axes, and in
-partly manual ones. `_partition.py` binds a head in the same way."""
+`custom_partitioning` calls it on each device for the device's own rows. If the classes are split, the
+plain form runs on each device and the statistics of the parts are merged. In all other programs the
+plain form is used: exported ones, which must run without the kernel, and those on meshes with explicit
+axes or with only some manual axes. `_partition.py` makes a head a primitive in the same way."""
 
 import dataclasses
 import functools
@@ -32,9 +32,9 @@ from ._rows import Rows
 class Backend(NamedTuple):
     """How a platform computes the operations, by their names."""
 
-    kernels: Mapping[str, Callable]  # opaque calls, with the arguments of the operation
+    kernels: Mapping[str, Callable]  # opaque calls that take the arguments of the operation
     supports: Callable[..., bool]  # is there a kernel for such arguments (or their shapes)?
-    forms: Mapping[str, Callable]  # other plain forms
+    forms: Mapping[str, Callable]  # forms in plain JAX that replace those of `_rows.py`
     loop: Loop  # the loop of a head over its chunks
 
 
@@ -51,12 +51,12 @@ def backend_of(platform: str | None) -> Backend:
 
 
 class Operation(NamedTuple):
-    """A function of `Rows` and of arrays with their rank."""
+    """A row operation: a function of `Rows` and of arrays of the same rank as the logits."""
 
     plain: Callable
-    num_statistics: int = 0  # results that are [N, 1]; 0 for a cotangent
-    # The statistics as sums, given the maximum, for their derivative. With a mask there is one statistic
-    # more.
+    num_statistics: int = 0  # the number of results that are [N, 1]; 0 for a cotangent
+    # For the derivative: the statistics after the maximum as sums, given the maximum. An operation that
+    # has it returns one more statistic if there is a mask.
     sums: Callable | None = None
 
     @property
@@ -83,9 +83,9 @@ def _bind(operation: Operation, rows: Rows, *args: Any) -> Any:
 
 
 def laid_out(rows: Rows, function: Callable, results: Callable[[Any, Any], Any]) -> Callable:
-    """`function`, made to work also on a mesh with explicit axes: its results are laid out like the
-    logits, and the compiler lays out what is in between. `results(x, y)` is the tree of the results with
-    x for [N, V] and y for [N, 1]."""
+    """`function`, made to work on a mesh with explicit axes, too: its results get the sharding of the
+    logits, and the compiler chooses the shardings inside. `results(x, y)` is the tree of the results,
+    with x for each [N, V] and y for each [N, 1]."""
     sharding, ndim = jax.typeof(rows.logits).sharding, rows.logits.ndim
     if not sharding.mesh.explicit_axes:
         return function
@@ -95,7 +95,7 @@ def laid_out(rows: Rows, function: Callable, results: Callable[[Any, Any], Any])
     return jax.sharding.auto_axes(function, out_sharding=results(*on))
 
 
-# Statistics, [N, 1] each; and the cotangent of the rows.
+# The first return statistics, [N, 1] each; those named `cotangent` return the cotangent of the rows.
 label_statistics = functools.partial(_bind, Operation(_rows.label_statistics, 3, _rows.label_sums))
 target_statistics = functools.partial(
     _bind, Operation(_rows.target_statistics, 4, _rows.target_sums)
@@ -117,7 +117,7 @@ def _results(operation: Operation, rows: Rows, of_logits: Any, of_row: Any) -> l
 
 @functools.cache
 def _primitive(operation: Operation):
-    """Made on first use: its imports take long."""
+    """The primitive of an operation. It is made on first use, because its imports take long."""
 
     def eager(*leaves, tree):  # under `jax.disable_jit`
         backend = backend_of(jax.default_backend())
@@ -159,9 +159,9 @@ def _primitive(operation: Operation):
 def primitive(
     name: str, eager: Callable, shapes: Callable, choose: Callable, jvp: Callable, batch: Callable
 ):
-    """A primitive with several results. `choose(platform, context, **params)` returns the function of
-    the operands that it is lowered to, and the context for that. `jvp` gets tangents like a rule with
-    `symbolic_zeros`."""
+    """A primitive with several results. `choose(platform, context, **params)` returns the function that
+    it is lowered to, and the context for lowering. `jvp` gets tangents as a rule with `symbolic_zeros`
+    does."""
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
@@ -187,17 +187,17 @@ def primitive(
 
 
 def spec_of(sharding: Any, rank: int) -> list[Any]:
-    """The partition spec of a sharding, with an entry for each axis."""
+    """The partition spec of a sharding, padded with None to one entry for each axis."""
     return [*sharding.spec, *[None] * (rank - len(sharding.spec))]
 
 
 def flat(function: Callable, tree: Any) -> Callable[..., list[Array]]:
-    """`function` of the leaves of its arguments, returning the leaves of its result."""
+    """`function`, but it takes the leaves of its arguments and returns the leaves of its result."""
     return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
 
 def _choose(operation: Operation, platform: str | None, context, tree) -> tuple[Callable, Any]:
-    """A kernel, a kernel on each device, or a plain form."""
+    """Choose a kernel, a kernel on each device, or a plain form."""
     backend = backend_of(platform)
     form = backend.forms.get(operation.name, operation.plain)
     kernel = backend.kernels.get(operation.name)
@@ -247,12 +247,12 @@ def _partitioned(operation: Operation, kernel: Callable, form: Callable, args) -
 
 
 def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Rows, *args: Any):
-    """The operation on a device that holds a part of each row's classes."""
+    """The operation on a device that holds only some of the classes of each row."""
     first_class = jnp.asarray(_axis.offset(axis_name, rows.num_classes), jnp.int32)
     rows = dataclasses.replace(rows, first_class=first_class.reshape((1,) * rows.logits.ndim))
     if not operation.num_statistics:
         return form(rows, *args)
-    if operation.sums is None:  # given the maximum of whole rows
+    if operation.sums is None:  # the results are sums, given the maximum over all devices
         return tuple(_axis.total(axis_name, x) for x in form(rows, *args))
     return _rows.whole_statistics(rows, args[0], axis_name, form)
 
@@ -261,9 +261,9 @@ def _of_part(operation: Operation, form: Callable, axis_name: AxisName, rows: Ro
 
 
 def program(context) -> str:
-    """The kind of program that is being compiled: "local", for one device or for each by itself;
-    "split" over devices by the compiler; or another. If a later JAX moves what this reads it is another,
-    and the plain form is used."""
+    """The kind of program that is being compiled: "local" if each device runs it by itself, "split" if
+    the compiler splits it over devices, or another kind. If a later JAX moves the attributes read here,
+    it is "unknown", and the plain form is used."""
     try:
         module = context.module_context
         for_export, axes = module.lowering_parameters.for_export, module.axis_context
@@ -273,7 +273,7 @@ def program(context) -> str:
             return "local" if set(axes.manual_axes) == set(axes.mesh.axis_names) else "mixed"
         if axes.num_devices == 1:
             return "local"
-        # On explicit axes JAX would annotate what each device does by itself.
+        # On explicit axes JAX would add sharding annotations inside the function that each device runs.
         return "explicit" if jax.sharding.get_mesh().abstract_mesh.explicit_axes else "split"
     except (AttributeError, ValueError):
         return "unknown"
@@ -286,10 +286,10 @@ def num_devices(context) -> int:
 
 
 def with_devices(context, platform: str | None) -> Any:
-    """The context with devices, which `custom_partitioning` needs and JAX gives only to programs with a
-    single mesh. Only their number counts, so the same device may be repeated. They form a mesh of
-    p x p x ... with a prime p, which can express every even split. None if their number is not a power
-    of a prime, or if the platform does not support `custom_partitioning`."""
+    """The context with a device assignment. `custom_partitioning` needs one, and JAX gives it only to
+    programs with a single mesh. Only the number of devices matters, so one device is repeated. The mesh
+    is p x p x ... with a prime p, which can express every even split. The result is None if the number
+    is not a power of a prime, or if the platform does not support `custom_partitioning`."""
     try:
         if platform not in _PARTITIONS:
             return None

@@ -1,8 +1,8 @@
 """How a head cuts its examples into shards and chunks, and the operations on a chunk.
 
-The N examples are L shards of n, and a chunk takes c examples from each shard: C = L c. Examples that
-count come first. In a loop that the compiler splits, each device has a shard, hence its part of every
-chunk, and no example is sent. In the loop of one device there is one shard."""
+The N examples are cut into L shards of n. A chunk takes c examples from each shard: C = L c. In each
+shard, the examples that count come first. If the compiler splits the loop over devices, each device has
+a shard and so its part of every chunk, and no example is sent. On one device there is one shard."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ from ._rows import compute_dtype
 class Size(NamedTuple):
     """How many examples a chunk should have, with V logits each."""
 
-    logits: int  # this many logits run at full rate,
-    least: int  # if the chunk has at least this many examples: the kernel's traffic
+    logits: int  # chunks with this many logits run at full rate,
+    least: int  # if they have at least this many examples: below, the kernel's traffic dominates
     most: int  # more examples gain nothing
-    budget: int  # never more logits than this: memory
+    budget: int  # never more logits than this, to bound the memory
 
     def examples(self, num_classes: int) -> int:
         enough = min(max(self.logits // num_classes, self.least), self.most)
@@ -31,14 +31,14 @@ class Loop(NamedTuple):
     """How a platform runs the loop over the chunks."""
 
     gradients: Size
-    values: Size  # without gradients
+    values: Size  # for values without gradients
     products: Callable
     take: Callable
     devices: int = 1  # the compiler may split the examples over this many
 
 
 class Plan(NamedTuple):
-    """The cut into shards and chunks, known while tracing."""
+    """How examples are cut into shards and chunks. It is static."""
 
     shards: int  # L
     per_shard: int  # n
@@ -60,9 +60,9 @@ def ceil_div(a: int, b: int) -> int:
 def plan(
     num_examples: int, num_classes: int, devices: int, size: Size, chunk_size: int | None
 ) -> Plan:
-    """Chunks as even as possible, with at most `chunk_size` examples, or as `size` says. In a program
-    exported for any number of examples, `num_examples` is an expression: it has division and a maximum,
-    but no order, and it equals only what it is known to equal."""
+    """Chunks as even as possible, with at most `chunk_size` examples, or as `size` says. If a program is
+    exported for any number of examples, `num_examples` is symbolic: division and `max_dim` work, but
+    order comparisons do not, and `==` is True only if equality can be proved."""
     wanted = chunk_size or size.examples(num_classes)
     chunks = jax.core.max_dim(ceil_div(num_examples, wanted), 1)
     divisors = (n for n in range(1, devices + 1) if devices % n == 0 == num_examples % n)
@@ -72,8 +72,8 @@ def plan(
 
 
 def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
-    """The examples of each shard, [L, n + c], those that count first, and the largest number that count
-    in a shard. The last c entries are n, which stands for no example."""
+    """The ids of the examples of each shard, [L, n + c], those that count first; and how many
+    examples count in the shard that has most. The last c ids are n, which stands for no example."""
     ids = jnp.broadcast_to(jnp.arange(plan.per_shard), plan.shape)
     most: Array | int = plan.per_shard
     if counts is not None:
@@ -82,8 +82,9 @@ def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
     return jnp.pad(ids, ((0, 0), (0, plan.chunk)), constant_values=plan.per_shard), most
 
 
-# These two do not use `jax.vmap`: JAX mistakes it for an outer one with `spmd_axis_name`, and checkify's
-# index checks fail on its scatter. They also fail on a gather under `jax.checkpoint` that is not jitted.
+# `take` and `put` do not use `jax.vmap`. JAX would mistake it for an outer one with `spmd_axis_name`,
+# and checkify's index checks would fail on its scatter. They are jitted because these checks also fail
+# on a gather under `jax.checkpoint` that is not.
 
 
 @jax.jit
@@ -115,8 +116,8 @@ def products(
     precision: Any,
 ) -> tuple[Array | None, Array | None]:  # fmt: skip
     """The backward products: `g kernel^T` in the dtype of `hidden`, if `wants_hidden`, and
-    `of_kernel + hidden^T g`, if `of_kernel` is given. The cotangent g is rounded to the kernel's dtype
-    first, so that 16-bit numbers meet 16-bit numbers."""
+    `of_kernel + hidden^T g`, if `of_kernel` is given. The cotangent g, [C, V], is first rounded to the
+    kernel's dtype, so that a 16-bit kernel is multiplied by 16 bits."""
     g = g.astype(kernel.dtype)
     return (
         dot(g, kernel.T, precision).astype(hidden.dtype) if wants_hidden else None,
@@ -125,7 +126,7 @@ def products(
 
 
 # A chunk of c examples adds [D, V] to the kernel's gradient in float32: 8 D V bytes of traffic for
-# 2 c D V operations, whatever D and V are. Both take equally long at c = 4 x rate / bandwidth, which is
+# 2 c D V operations, for any D and V. Both take equally long at c = 4 x rate / bandwidth, which is
 # 1050 on an H100 (790 TFLOP/s, 3 TB/s) and 700 on a TPU v5p. At twice that, the traffic is nearly free.
 # Measured on an H100, before there was a kernel for the statistics: with chunks of 512, 1024, 2048 and
 # 4096 examples the head with its gradients took 1.95, 1.51, 1.36 and 1.30 times as long as 6NDV

@@ -1,8 +1,9 @@
-"""The CPU backend: the native kernels (`_native/`), and, for arrays that they do not support, forms of
-the statistics that XLA compiles to fast code.
+"""The CPU backend: the native kernels (`_native/`), and forms of the statistics in plain JAX that XLA
+compiles to fast code, for arrays that the kernels do not support.
 
 XLA for CPU compiles a reduction with several operands to scalar code: it takes 5 to 8 times as long for
-ten classes, and longer for more. So these forms read the rows for the maximum first, then sum them."""
+ten classes, and longer for more. So these forms first read the rows for the maximum, then for the
+sum."""
 
 import dataclasses
 import math
@@ -21,9 +22,9 @@ from ._rows import Rows, Statistics, Targets
 
 _LONG_ROW = 256  # rows with at least this many classes are read in blocks
 # Widths of 128 to 8000 ran equally fast, narrower ones a little slower. XLA writes one number per block
-# and one block per row, so both should be small. That block is then treated as a row. In 16 bits it is
-# cut again until it is short, because the compiler would widen it; otherwise once, because every cut
-# is compiled.
+# and one whole block per row, so both should be small. That block is then treated as a row of its own.
+# In 16 bits it is cut into blocks again until it is short, because XLA would widen it. Otherwise it is
+# cut once, because every cut adds to the compile time.
 _BLOCK_WIDTHS = range(16, 513)
 _SHORT_16_BIT_ROW = 40
 
@@ -34,7 +35,7 @@ _SHORT_16_BIT_ROW = 40
 def supports(operation: str, rows: Rows, *args: Any) -> bool:
     """Is there a kernel for these arrays (or their shapes)?"""
     targets = [x for x in args if isinstance(x, Targets)]
-    # A kernel takes a class id of another device for a bad one.
+    # A kernel would treat a class id of another device as a bad label.
     ids_are_here = rows.first_class is None or all(x.ids is None for x in targets)
     shared = [y for x in targets for y in (x.label_smoothing, x.class_weights) if y is not None]
     has_slope = operation.endswith("cotangent") and args[-1] is not None
@@ -65,8 +66,8 @@ def _statistics(kernel: str, count: int, rows: Rows, labels: Array | Targets) ->
 
 
 def _cotangent(kernel: str, rows: Rows, labels: Array | Targets, *args: Any) -> list[Array]:
-    """The kernel writes over the logits. If they were just reshaped, XLA's layout assignment would copy
-    them for that; the barrier prevents it."""
+    """The kernel writes its result over the logits. If these are only reshaped, XLA's layout assignment
+    would copy them first. The barrier prevents the copy."""
     logits = lax.optimization_barrier(_layout.flat(rows, rows.logits))
     *of_row, slope = args
     operands = *_operands(rows, labels), *(_layout.of_rows(rows, x) for x in of_row)
@@ -88,7 +89,7 @@ def _spread(rows: Rows, highest: Array) -> tuple[Array]:
 
 
 def _both(rows: Rows, teacher: Rows, args: Any) -> list[Array]:
-    """The operands of a divergence."""
+    """The operands of a divergence kernel: both logits, [n, V], and the numbers of each row, [n]."""
     logits = (_layout.flat(rows, x.logits) for x in (rows, teacher))
     return [*logits, *(_layout.of_rows(rows, x) for x in args)]
 
@@ -101,7 +102,7 @@ def _divergence_sums(rows: Rows, teacher: Rows, *args: Array) -> tuple[Array, ..
 
 
 def _divergence_cotangent(rows: Rows, teacher: Rows, *args: Any) -> list[Array]:
-    """The kernel writes over the logits: see `_cotangent`."""
+    """The barrier is there for the same reason as in `_cotangent`."""
     logits, *operands = _both(rows, teacher, args[:-1])
     result = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     call = jax.ffi.ffi_call("jax_sce.divergence_cotangent", result, input_output_aliases={0: 0})
@@ -120,8 +121,8 @@ KERNELS: dict[str, Callable] = {
 
 
 def _operands(rows: Rows, labels: Array | Targets) -> tuple[Array, ...]:
-    """Class ids, [n]. Or for targets: ids, [n], or distributions, [n, V]; the smoothing, [1]; 1 / V, [n]
-    or [1]; the class weights, [V], or [0] for none."""
+    """For class ids: the ids, [n]. For `Targets`: ids, [n], or distributions, [n, V]; the smoothing,
+    [1]; 1 / V, [n] or [1]; and the class weights, [V], or [0] for none."""
     if not isinstance(labels, Targets):
         return (_layout.of_rows(rows, rows.places(labels)),)
     dense, uniform = labels.dense, labels.uniform
@@ -137,14 +138,14 @@ def _operands(rows: Rows, labels: Array | Targets) -> tuple[Array, ...]:
 
 
 def _mask_operand(rows: Rows) -> Array:
-    """[n, V], [V] if all rows share it, or [0] for none."""
+    """The mask, [n, V]; [V] if all rows share it; [0] for none."""
     if rows.mask is None:
         return jnp.zeros(0, bool)
     mask = _layout.shared_or_flat(rows, rows.mask)
     return mask[0] if len(mask) == 1 else mask
 
 
-# -- without them -------------------------------------------------------------------------------------
+# -- forms in plain JAX --------------------------------------------------------------------------------
 
 
 def _label_statistics_form(rows: Rows, labels: Array) -> tuple[Array, ...]:
@@ -160,8 +161,8 @@ def _target_statistics_form(rows: Rows, targets: Targets) -> tuple[Array, ...]:
 
 
 def _on_its_own(cotangent: Callable) -> Callable:
-    """Keep XLA for CPU from fusing the cotangent into its readers, the two matrix products of a head: it
-    would write the exponentials to an array to compute them once."""
+    """Keep XLA for CPU from fusing the cotangent into the two matrix products of a head that read it. To
+    compute the exponentials only once, XLA would write them to an array."""
 
     def form(*args):
         of_logits, *of_row = cotangent(*args)
@@ -180,10 +181,10 @@ FORMS: dict[str, Callable] = {
 
 
 def _max_and_tail(rows: Rows) -> tuple[Statistics, Array | None]:
-    """The statistics, [N, 1], and the largest raw logit, if values are not raw.
+    """The statistics, [N, 1], and the largest raw logit, [N, 1] (None if the values are the raw logits).
 
-    The barriers here and in `_target_statistics_form` hide one read of the logits from the next: if two
-    readers widen 16-bit logits, XLA for CPU writes them as float32."""
+    The barriers here and in `_target_statistics_form` keep XLA from seeing that the logits are read
+    twice: if two readers widen 16-bit logits, XLA for CPU writes them to memory as float32."""
 
     def of_row(x: Array | None) -> Array | None:
         return None if x is None else x.reshape(*_layout.batch(rows, x), 1)
@@ -207,7 +208,7 @@ def _at_once(rows: Rows) -> tuple[Statistics, Array]:
     largest = jnp.max(rows.masked(rows.raw(rows.logits)), axis=-1)
     z = rows.values()
     highest = jnp.max(z, axis=-1)
-    # Leave out one entry at the maximum by its place: ties count, and no equality decides.
+    # Leave out one entry at the maximum, found by its position: then the others of a tie count.
     is_first = _is_place(z, jnp.argmax(z, axis=-1))
     # NaN if the maximum is infinite, or if an entry is NaN, which XLA's maximum on CPU may pass over.
     others = jnp.where(is_first, z - z, exp_difference(z, highest[..., None]))
@@ -221,7 +222,7 @@ def _is_place(x: Array, place: Array) -> Array:
 
 
 def _of_raw(rows: Rows, x: Array) -> Array:
-    """The values of some raw logits of each row, [N..., ...]."""
+    """The values of some raw logits of each row. `x` is [N..., ...] with any further axes."""
 
     def like(y: Array | None) -> Array | None:
         return None if y is None else y.reshape(*y.shape[:-1], *(1,) * (x.ndim - y.ndim + 1))
@@ -231,13 +232,13 @@ def _of_raw(rows: Rows, x: Array) -> Array:
 
 
 def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
-    """The same for long rows without a mask.
+    """`_at_once` for long rows without a mask.
 
     XLA for CPU fuses reading with a sum of exponentials only if there is nothing but arithmetic in
-    between (a `select` or a comparison makes it write an N x V array), and sums at full rate only over a
-    short axis. So the row is cut into blocks that are summed whole. The block that holds the maximum is
-    treated as a row of its own. The other sums are relative to the maximum of the other blocks: short
-    distances have small rounding errors."""
+    between: with a `select` or a comparison it writes an N x V array. And it sums at full rate only over
+    a short axis. So the row is cut into blocks, and each block is summed as a whole. The block that
+    holds the maximum is treated as a row of its own. The sums of the others are relative to the maximum
+    of the others, because short distances have small rounding errors."""
     num_classes = rows.num_classes
     is_16_bit = rows.logits.dtype.itemsize == 2
 
@@ -255,8 +256,8 @@ def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
         return _union(a, b), jnp.maximum(top_a, top_b)
 
     blocks = rows.logits.reshape(*rows.logits.shape[:-1], num_classes // width, width)
-    # The maxima of the stored logits: widening them here would be a second reader. The barrier keeps XLA
-    # from reading the whole row again for the maximum of the maxima.
+    # Take the maxima of the logits as they are stored: a second reader must not widen them. The barrier
+    # keeps XLA from reading the whole row again for the maximum of the maxima.
     maxima = lax.optimization_barrier(jnp.max(blocks, axis=-1))
     home = jnp.argmax(maxima, axis=-1)
     is_home = _is_place(maxima, home)
@@ -264,7 +265,8 @@ def _in_blocks(rows: Rows) -> tuple[Statistics, Array]:
     second = jnp.max(jnp.where(is_home, -jnp.inf, maxima), axis=-1).astype(rows.dtype)
     highest, second = _of_raw(rows, largest), _of_raw(rows, second)
     second = jnp.where(jnp.isneginf(second), highest, second)
-    # The barriers order the steps: each can reuse the memory of the last, and reads the blocks again.
+    # The barriers order the steps. Each step reads the blocks again and can reuse the memory of the
+    # last.
     blocks, home, highest, second = lax.optimization_barrier((blocks, home, highest, second))
     tail = part(lax.optimization_barrier(_take_block(blocks, home)))[0].tail
     blocks, second, tail = lax.optimization_barrier((blocks, second, tail))
@@ -282,7 +284,7 @@ def _take_block(blocks: Array, index: Array) -> Array:
 
 
 def _union(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of the union of two sets of classes. A set with only -inf adds nothing."""
+    """The statistics of the union of two sets of classes. A set of only absent classes adds nothing."""
     highest, lower = jnp.maximum(a.max, b.max), jnp.minimum(a.max, b.max)
     a_leads = a.max >= b.max
     leader, follower = (jnp.where(a_leads, *x) for x in ((a.tail, b.tail), (b.tail, a.tail)))
@@ -292,7 +294,7 @@ def _union(a: Statistics, b: Statistics) -> Statistics:
 
 # -- the head -----------------------------------------------------------------------------------------
 
-# With at least _TILED classes, the kernel's gradient is computed in _TILES tiles of classes.
+# With at least `_TILED` classes, the backward products are computed in `_TILES` tiles of classes.
 _TILES = 8
 _TILED = 2048
 
@@ -301,9 +303,9 @@ def _products(
     hidden: Array, kernel: Array, g: Array, of_kernel: Array | None, wants_hidden: bool,
     precision: Any,
 ) -> tuple[Array | None, Array | None]:  # fmt: skip
-    """The backward products of a chunk, in tiles of classes. Otherwise XLA would add two arrays [D, V],
-    and widen a whole 16-bit kernel to multiply by its transpose. Tiles make the kernel's gradient nearly
-    twice as fast."""
+    """The backward products of a chunk, in tiles of classes. Without tiles XLA would add two [D, V]
+    arrays in memory, and widen a whole 16-bit kernel to multiply by its transpose. Tiles make the
+    kernel's gradient nearly twice as fast."""
     num_classes = kernel.shape[1]
     if num_classes < _TILED:
         return _chunks.products(hidden, kernel, g, of_kernel, wants_hidden, precision)
@@ -346,8 +348,8 @@ def _take_jvp(primals, tangents):
 
 
 # On two cores (AVX2), chunks of 64 examples took 1.4 times as long as chunks of 256, chunks of 128 1.15
-# times, and chunks of 512 no less: so 256, and more for a small vocabulary. Values without gradients run
-# at full rate from 64 on. 2**25 logits are 128 MiB.
+# times, and chunks of 512 were no faster. So take 256, and more for a small vocabulary. Values without
+# gradients run at full rate from 64 examples on. 2**25 logits are 128 MiB.
 LOOP = Loop(
     gradients=Size(logits=2**22, least=256, most=512, budget=2**25),
     values=Size(logits=2**22, least=64, most=256, budget=2**25),

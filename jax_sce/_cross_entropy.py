@@ -1,4 +1,4 @@
-"""The losses on logits. Options are arithmetic around two differentiation rules."""
+"""The losses on logits. The options are arithmetic around the rule of `_rules.py`."""
 
 from __future__ import annotations
 
@@ -79,56 +79,59 @@ def softmax_cross_entropy(
         L    = log sum_k e^z_k          log-normalizer
         y'_c = (1 - e) y_c + e / V      smoothed targets
 
-    with w from `weights`, w_c from `class_weights` and e the `label_smoothing`.
-    The targets need not sum to one. Without options the gradient by z_c is
-    o_c sum_k y_k - y_c, and the gradient by y_c is -log o_c.
+    where w comes from `weights`, w_c from `class_weights`, and e is the
+    `label_smoothing`. The targets need not sum to one. Without options the
+    gradient with respect to z_c is o_c sum_k y_k - y_c, and the gradient with
+    respect to y_c is -log o_c.
 
     Args:
-      logits: [N..., V], with the classes on `axis`, in float16, bfloat16,
-        float32 or float64, like all float arguments. 16-bit logits are computed
-        in float32.
-      labels: Distributions, in the shape of `logits`: floats, or integers and
-        bools such as one-hot rows. Or a `Sparse`, with a few classes of each
-        example.
-      axis: The axis of the classes. Several axes count as one; None means all.
-      where: Bools. With the rank of the examples, [N...]: which examples to
-        keep. With the rank of the logits: which classes to keep, e.g. `[1, V]`
-        for all examples. Axes of size 1 broadcast. An example that keeps no
-        class has loss 0. A target on a masked class is left out.
+      logits: [N..., V], with the classes on `axis`. The dtype is float16,
+        bfloat16, float32 or float64, as for all float arguments. The loss of
+        16-bit logits is computed in float32.
+      labels: Distributions, in the shape of `logits`: floats, or integers or
+        bools such as one-hot rows. Or a `Sparse`, which lists a few classes of
+        each example.
+      axis: The axis of the classes. Several axes are flattened into one; None
+        means all.
+      where: Bools, True to keep. With the rank of the examples, [N...], a mask
+        of examples. With the rank of the logits, a mask of classes, e.g.
+        `[1, V]` for all examples. Axes of size 1 broadcast. An example without
+        a kept class has loss 0. A target on a masked class is ignored.
       label_smoothing: e, a number in [0, 1]. V counts the classes that `where`
         keeps in the row.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; one of weight 0 does not
-        count. It may be a number, or have axes of size 1.
-      z_loss: A number; adds `z_loss * L**2` to each example. Class weights do
-        not apply to it.
+      weights: [N...], the weight of each example. A number or axes of size 1
+        broadcast. An example of weight 0 does not count.
+      z_loss: A number; adds `z_loss * L**2` to each loss. Class weights do not
+        apply to it.
       softcap: A positive number c; the logits become `c * tanh(logits / c)`.
-      temperature: A positive number, or one for each example, [N...] (or axes
-        of size 1). The logits are divided by it, after the soft-cap. It gets a
-        gradient.
+      temperature: A positive number, or one for each example, [N...]; axes of
+        size 1 broadcast. The logits are divided by it, after the soft-cap. It
+        is differentiable.
       reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
-        that by the sum of `weights` over the examples that count, and is 0 if
-        there are none.
+        this sum by the sum of `weights` over the examples that count, and is 0
+        if there are none.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
         are split, or a tuple of axes. V is then the number of classes on this
-        device. Labels stay global. The loss is that of the whole rows, equal on
-        all devices of the axis. "mean" and "sum" reduce over the examples of
+        device. Distributions are split like the logits; the ids of a `Sparse`
+        are global. The loss covers the classes of all devices and is the same
+        on all devices of the axis. "mean" and "sum" reduce over the examples of
         this device. With `check_vma=False`, differentiate outside of
         `shard_map`: inside, JAX multiplies gradients by the axis size.
       return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction
         and entropy of each example. Log-normalizer and entropy are
         differentiated exactly. Prediction and entropy each read the logits once
-        more, if they are used.
-      forward_mode: Differentiate with a `jax.custom_jvp` of the same form
-        instead of a `jax.custom_vjp`, for `jax.jvp`, `jax.jacfwd`,
-        `jax.linearize` and reverse over forward mode.
+        more, if you use them.
+      forward_mode: Differentiate with a `jax.custom_jvp` of the same formulas
+        instead of a `jax.custom_vjp`. `jax.jvp`, `jax.jacfwd`, `jax.linearize`
+        and reverse over forward mode need it.
 
     Returns:
       The loss, [N...] or a scalar, in float32 (float64 for float64 logits).
-      With `return_aux`, the pair of loss and aux. The loss and the gradient of
-      a row are NaN if its logits are all -inf or, after the soft-cap, contain
-      +inf or NaN; gradients of other rows are not affected. A logit of -inf is
-      an absent class; it costs +inf if its target is not 0.
+      With `return_aux`, the pair (loss, aux). The loss and the gradient of a
+      row are NaN if its logits are all -inf or, after the soft-cap, contain
+      +inf or NaN; gradients of other rows are not affected. A logit of -inf
+      marks an absent class. If its target is not 0, the loss is +inf.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range. The
@@ -210,8 +213,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     For forward mode (`jax.jvp`, `check_grads`) pass `forward_mode=True`.
 
-    The loss of an example with logits z and label y is -log o_y, and its
-    gradient is o_c - [c = y], with o the softmax of z. With options the loss is
+    The loss of an example with logits z and label y is -log o_y, where o is the
+    softmax of z. Its gradient is o_c - [c = y]. With options the loss is
 
         w (sum_c w_c y'_c (-log o_c) + z_loss L^2)
 
@@ -219,59 +222,62 @@ def softmax_cross_entropy_with_integer_labels(
         L    = log sum_k e^z_k              log-normalizer
         y'_c = (1 - e) [c = y] + e / V      smoothed targets
 
-    with w from `weights`, w_c from `class_weights` and e the `label_smoothing`.
+    where w comes from `weights`, w_c from `class_weights`, and e is the
+    `label_smoothing`.
 
     Args:
-      logits: [N..., V], with the classes on `axis`, in float16, bfloat16,
-        float32 or float64, like all float arguments. 16-bit logits are computed
-        in float32.
+      logits: [N..., V], with the classes on `axis`. The dtype is float16,
+        bfloat16, float32 or float64, as for all float arguments. The loss of
+        16-bit logits is computed in float32.
       labels: [N...], integers in [0, V) of any integer dtype. With several
         class axes: indices into these axes, flattened in the order given.
-        (Without x64, `jax.jit` truncates NumPy's 64-bit integers that are
-        passed to your own jitted function, before this function sees them.)
-      axis: The axis of the classes. Several axes count as one; None means all.
-      where: Bools. With the rank of the examples, [N...]: which examples to
-        keep. With the rank of the logits: which classes to keep, e.g. `[1, V]`
-        for all examples. Axes of size 1 broadcast. An example that keeps no
-        class has loss 0. A label on a masked class costs +inf.
+        (Without x64, `jax.jit` truncates 64-bit NumPy integers that you pass to
+        your own jitted function, before this function sees them.)
+      axis: The axis of the classes. Several axes are flattened into one; None
+        means all.
+      where: Bools, True to keep. With the rank of the examples, [N...], a mask
+        of examples. With the rank of the logits, a mask of classes, e.g.
+        `[1, V]` for all examples. Axes of size 1 broadcast. An example without
+        a kept class has loss 0. If the label's class is masked, the
+        loss is +inf.
       ignore_index: Examples with this label do not count: loss 0, gradient 0.
       label_smoothing: e, a number in [0, 1]. V counts the classes that `where`
         keeps in the row.
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; one of weight 0 does not
-        count. It may be a number, or have axes of size 1.
-      z_loss: A number; adds `z_loss * L**2` to each example. Class weights do
-        not apply to it.
+      weights: [N...], the weight of each example. A number or axes of size 1
+        broadcast. An example of weight 0 does not count.
+      z_loss: A number; adds `z_loss * L**2` to each loss. Class weights do not
+        apply to it.
       softcap: A positive number c; the logits become `c * tanh(logits / c)`.
-      temperature: A positive number, or one for each example, [N...] (or axes
-        of size 1). The logits are divided by it, after the soft-cap. It gets a
-        gradient.
+      temperature: A positive number, or one for each example, [N...]; axes of
+        size 1 broadcast. The logits are divided by it, after the soft-cap. It
+        is differentiable.
       reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
-        that by the sum of `weights * class_weights[label]` over the examples
-        that count, and is 0 if there are none.
+        this sum by the sum of `weights * class_weights[label]` over the
+        examples that count, and is 0 if there are none.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
         are split, or a tuple of axes. V is then the number of classes on this
-        device. Labels stay global. The loss is that of the whole rows, equal on
-        all devices of the axis. "mean" and "sum" reduce over the examples of
-        this device. With `check_vma=False`, differentiate outside of
-        `shard_map`: inside, JAX multiplies gradients by the axis size.
+        device. Labels are global class ids. The loss covers the classes of all
+        devices and is the same on all devices of the axis. "mean" and "sum"
+        reduce over the examples of this device. With `check_vma=False`,
+        differentiate outside of `shard_map`: inside, JAX multiplies gradients
+        by the axis size.
       return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
-        entropy and the label's rank, of each example. Log-normalizer and
-        entropy are differentiated exactly. All but the log-normalizer each read
-        the logits once more, if they are used.
-      forward_mode: Differentiate with a `jax.custom_jvp` of the same form
-        instead of a `jax.custom_vjp`, for `jax.jvp`, `jax.jacfwd`,
-        `jax.linearize` and reverse over forward mode.
+        entropy and the label's rank of each example. Log-normalizer and entropy
+        are differentiated exactly. Prediction, entropy and rank each read the
+        logits once more, if you use them.
+      forward_mode: Differentiate with a `jax.custom_jvp` of the same formulas
+        instead of a `jax.custom_vjp`. `jax.jvp`, `jax.jacfwd`, `jax.linearize`
+        and reverse over forward mode need it.
 
     Returns:
       The loss, [N...] or a scalar, in float32 (float64 for float64 logits).
-      With `return_aux`, the pair of loss and aux. The loss and the gradient of
-      a row are NaN if its label lies outside [0, V), -1 included, or if its
+      With `return_aux`, the pair (loss, aux). The loss and the gradient of a
+      row are NaN if its label lies outside [0, V), -1 included, or if its
       logits are all -inf or, after the soft-cap, contain +inf or NaN; gradients
-      of other rows are not affected. A logit of -inf is an absent class; it
-      costs +inf as the label. Under `jax.experimental.checkify.checkify` with
-      user checks, the first label outside [0, V) is an error that names it and
-      its position.
+      of other rows are not affected. A logit of -inf marks an absent class. If
+      it is the label, the loss is +inf. `jax.experimental.checkify.checkify`
+      with user checks reports the first label outside [0, V) and its position.
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range. The
@@ -327,15 +333,15 @@ class Inputs:
         return not isinstance(self.labels, Sparse) and self.labels.ndim < self.logits.ndim
 
 
-_FOR_DISTRIBUTIONS = "; softmax_cross_entropy takes distributions"
-_FOR_IDS = "; softmax_cross_entropy_with_integer_labels takes class ids"
+_FOR_DISTRIBUTIONS = "; for distributions use softmax_cross_entropy"
+_FOR_IDS = "; for class ids use softmax_cross_entropy_with_integer_labels"
 
 
 def inputs(
     logits: ArrayLike, labels: Any, axis: int | Sequence[int] | None, where: ArrayLike | None,
     *, has_ids: bool, ignore_index: int | None = None, **options: Any,
 ) -> Inputs:  # fmt: skip
-    """Check the arguments of either loss, given by their public names."""
+    """Check the arguments of either loss. The keywords are the public argument names."""
     logits = _arguments.array("logits", logits, "floating")
     axes = _arguments.class_axes(axis, logits.ndim)
     batch = _arguments.batch_shape(logits.shape, axes)
@@ -358,8 +364,8 @@ def inputs(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for. It is jitted, so that an eager call and its derivative
-    are each one program. (With `inline=True`, JAX 0.10 would run the derivative step by step.)"""
+    """The loss, or (loss, aux) with `return_aux`. It is jitted, so that an eager call and its derivative
+    are one program each. (With `inline=True`, JAX 0.10 would run the derivative op by op.)"""
     options: Options = inputs.options
     labels: Any = inputs.labels
     axes = tuple(axis - inputs.logits.ndim for axis in inputs.axes)
@@ -369,7 +375,7 @@ def loss_of(inputs: Inputs) -> Any:
     if inputs.has_ids:
         options = options.where(_arguments.not_ignored(labels, options.ignore_index))
     num_classes = rows.num_classes * _axis.size(options.axis_name)
-    reported = options  # for checkify only: the row operations find out themselves which rows count
+    reported = options  # for checkify only: the row operations compute `kept` themselves
     for kept in _rows.keeps_class(rows):
         reported = reported.where(_axis.total(rows.axis_name, kept.squeeze(rows.axes)) > 0)
     labels = checked(labels, num_classes, reported.counts, inputs.has_ids)
@@ -384,7 +390,8 @@ def loss_of(inputs: Inputs) -> Any:
 
 
 def checked(labels: Any, num_classes: int, counts: Array | None, has_ids: bool) -> Any:
-    """Class ids as int32, with -1 for a bad one and V for an empty place. Other labels unchanged."""
+    """Class ids as int32: -1 for a bad label, V for padding of a `Sparse`. Distributions and a `Teacher`
+    are returned as they are."""
     if isinstance(labels, Sparse):
         given: Any = labels.ids
         is_empty = given < 0
@@ -398,7 +405,7 @@ def rows_of(
     logits: Array, axes: tuple[int, ...], axis_name: AxisName, softcap: Array | None,
     temperature: Array | None,
 ) -> Rows:  # fmt: skip
-    """Rows without a mask, with a scalar soft-cap and temperatures [N...]. `axes` are negative."""
+    """`Rows` without a mask, from a scalar soft-cap and temperatures [N...]. `axes` are negative."""
     one = (1,) * logits.ndim
     softcap = None if softcap is None else softcap.reshape(one)
     temperature = None if temperature is None else jnp.expand_dims(temperature, axes)
@@ -410,7 +417,8 @@ def rows_of(
 
 
 def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -> Losses:
-    """The loss of each example. A bad class id is -1, and an empty place of a `Sparse` is V."""
+    """The loss of each example, [N...]. In `labels`, -1 is a bad class id, and V is padding of a
+    `Sparse`."""
     kind: Kind = _rules.DISTRIBUTIONS
     class_weight, targets = None, None
     if isinstance(labels, TeacherRows):
@@ -426,11 +434,11 @@ def losses(rows: Rows, labels: Array | Sparse | TeacherRows, options: Options) -
         if options.label_smoothing is not None:
             targets = _targets(rows, rows.expand(labels), None, options)
             rows, targets = _axis.vary_alike(rows, targets)
-        else:  # only here the class weights are not part of the targets
+        else:  # here the class weights are not part of the targets, but multiply the loss
             kind, targets, (rows,) = _rules.IDS, labels, _axis.vary_alike(rows)
             class_weight = class_weight_of(labels, options)
     rule = _rules.rule_forward if options.forward_mode else _rules.rule
-    # JAX's error about forward mode shows this line, comment included.
+    # JAX's error about forward mode quotes this line: its comment tells the user what to do.
     out = rule(kind, options.return_aux, rows, targets, options.counts)  # jvp: forward_mode=True
     for kept in out.kept:
         options = options.where(kept > 0)

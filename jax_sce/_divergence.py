@@ -4,19 +4,19 @@ With the softmax o of logits z, the softmax t of a teacher's logits z', and the 
 
     r_j = log t_j - log o_j = (z'_j - max z') - (z_j - max z) - c,    c = log1p(tail') - log1p(tail)
 
-the Kullback-Leibler divergence is `sum_j t_j r_j`. Where the two nearly agree, it is of second order in
-r, and that sum cancels. But the sum of `t_j (e^{-r_j} - 1) = o_j - t_j` is 0. Adding it leaves no
-negative term:
+the Kullback-Leibler divergence is `sum_j t_j r_j`. Where o and t nearly agree, the divergence is of
+second order in r, and the terms of this sum cancel. But `t_j (e^{-r_j} - 1) = o_j - t_j` sums to 0.
+If we add it, no term is negative:
 
     KL = sum_j t_j (e^{-r_j} - 1 + r_j)
     dKL/dz_j = o_j - t_j = t_j (e^{-r_j} - 1)
 
-The cross-entropy is KL plus the entropy of t; neither is negative.
+The cross-entropy is KL plus the entropy of t, and neither is negative.
 
 To compute r we first subtract the rows from each other, which is exact or gives small numbers, and keep
-the rounding error. Only c is inaccurate, by the rounding of the normalizers' logarithms. This shows in
-the sum that should be 0: if it is s, then c must be corrected to `c - log1p(s)`, and KL is smaller by
-`s - log1p(s)`.
+the rounding error. Only c is inaccurate, because the logarithms of the normalizers are rounded. The sum
+that should be 0 shows by how much: if it is s, then c must be corrected to `c - log1p(s)`, and KL is
+smaller by `s - log1p(s)`.
 
 References: Kullback and Leibler (1951), "On information and sufficiency"; Hinton et al. (2015),
 arXiv:1503.02531, for distillation."""
@@ -55,8 +55,9 @@ def divergence_sums(rows: Rows, teacher: Rows, *args: Array) -> tuple[Array, Arr
     """The sums of `t (e^{-r} - 1 + r)` and of `t (e^{-r} - 1)` over the classes on this device, [N, 1],
     given both maxima and tails, and c."""
     gaps = _rows.sum_classes(rows, _apart(rows, teacher, *args)[0])
-    # XLA for CPU would write the terms that both sums share to memory. With the barrier it computes
-    # them twice. (JAX cannot transpose one barrier for several arrays if some are constants.)
+    # XLA for CPU would write the terms that both sums share to memory. The barrier makes it compute them
+    # twice. (Each array has a barrier of its own, because JAX cannot transpose one barrier for several
+    # arrays if some are constants.)
     rows, teacher = jax.tree.map(lax.optimization_barrier, (rows, teacher))
     return gaps, _rows.sum_classes(rows, _apart(rows, teacher, *args)[1])
 
@@ -72,7 +73,7 @@ def divergence_cotangent_of_values(
     rows: Rows, teacher: Rows, highest: Array, tail: Array, teacher_highest: Array,
     teacher_tail: Array, shift: Array, g_loss: Array, constant: Array, slope: Array | None,
 ) -> Array:  # fmt: skip
-    """The same as the cotangent of `rows.values()`, [N, V]."""
+    """The cotangent of `rows.values()`, [N, V]: the formula of `divergence_cotangent`."""
     of_both = highest, tail, teacher_highest, teacher_tail, shift
     _, less, o = _apart(rows, teacher, *of_both)
     of_softmax = _rows.affine(constant, slope, below(rows.values(), highest)) * o

@@ -1,4 +1,4 @@
-"""Elementwise functions with hand-written rounding or a hand-written derivative."""
+"""Elementwise functions that correct their rounding errors, or have a derivative rule of their own."""
 
 import math
 
@@ -17,14 +17,14 @@ def difference(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def exp_difference(a: Array, b: Array) -> Array:
-    """`exp(a - b)`, corrected for the rounding of `a - b`, which grows with the difference."""
+    """`exp(a - b)`, corrected for the rounding error of `a - b`, which grows with the difference."""
     rounded, error = difference(a, b)
     return jnp.exp(rounded) * (1 + error)
 
 
 def expm1_remainder(x: Array) -> Array:
-    """`e^{-x} - 1 + x` by its series, for |x| <= 3/2, where the formula cancels."""
-    terms = 22 if x.dtype == jnp.float64 else 13  # the next term is smaller than a rounding
+    """`e^{-x} - 1 + x` for |x| <= 3/2, by its series, because the formula loses digits there."""
+    terms = 22 if x.dtype == jnp.float64 else 13  # the next term is below the rounding error
     series = jnp.zeros_like(x)
     for n in range(terms, 1, -1):
         series = series * -x + 1 / math.factorial(n)
@@ -33,8 +33,8 @@ def expm1_remainder(x: Array) -> Array:
 
 def exp_below(x: Array, highest: Array) -> tuple[Array, Array]:
     """`exp(x - highest)`, corrected for the rounding of the difference, and `x - highest` itself, for
-    x <= highest. The difference is cut off at -1000, where the exponential is 0 anyway. There is no
-    select or comparison here: XLA for CPU would write an array before it sums."""
+    x <= highest. The difference is cut off at -1000, where the exponential is 0 anyway. A select or a
+    comparison is avoided, because XLA for CPU would then write an array before summing it."""
     x = jnp.maximum(x, highest - 1000)
     distance = below(x, highest)
     shift = distance - x
@@ -44,7 +44,7 @@ def exp_below(x: Array, highest: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def below(x: Array, highest: Array) -> Array:
-    """`x - highest` for x <= highest: never positive, and 0 where they are equal. Its derivative takes
+    """`x - highest` for x <= highest: never positive, and 0 where they are equal. Its derivative treats
     `highest` as a constant.
 
     The minimum keeps a compiler from contracting `x * t - highest` into a fused multiply-add."""
@@ -59,7 +59,7 @@ def _below_jvp(primals, tangents):
 
 @jax.custom_jvp
 def soft_cap(x: Array, cap: Array) -> Array:
-    """`cap * tanh(x / cap)`, with a derivative that does not cancel (`1 - tanh^2` does)."""
+    """`cap * tanh(x / cap)`, with an accurate derivative (`1 - tanh^2` would lose digits)."""
     return cap * jnp.tanh(x / cap)
 
 
@@ -69,7 +69,8 @@ def _soft_cap_jvp(primals, tangents):
     ratio = x / cap
     decay = jnp.exp(-2 * jnp.abs(ratio))
     slope = 4 * decay / (1 + decay) ** 2  # sech^2
-    # A NaN logit makes its row's cotangent NaN already, and a row that does not count must stay 0.
+    # A NaN logit already makes the cotangent of its row NaN. In a row that does not count, it must not:
+    # so the derivative here is 0.
     known = ~jnp.isnan(ratio)
     by_x = jnp.where(known, slope, 0)
     by_cap = jnp.where(known, jnp.tanh(ratio) - jnp.where(slope == 0, 0, ratio * slope), 0)
@@ -78,8 +79,8 @@ def _soft_cap_jvp(primals, tangents):
 
 @jax.custom_jvp
 def temper(x: Array, temperature: Array) -> Array:
-    """`x / temperature`. Its derivative by the temperature leaves out quotients that are not finite: an
-    absent class contributes nothing, and a row that does not count must stay 0."""
+    """`x / temperature`. Its derivative with respect to the temperature ignores quotients that are not
+    finite: an absent class contributes nothing, and a row that does not count must stay 0."""
     return x / temperature
 
 
@@ -93,7 +94,7 @@ def _temper_jvp(primals, tangents):
 
 @jax.custom_jvp
 def weigh(targets: Array, class_weights: Array) -> Array:
-    """The product. In its derivative a factor of 0 removes even an infinite cost."""
+    """`targets * class_weights`. In the derivative, a factor of 0 removes even an infinite cost."""
     return targets * class_weights
 
 
@@ -106,16 +107,17 @@ def _weigh_jvp(primals, tangents):
 def times(weight: Array, loss: Array) -> Array:
     """`weight * loss`, but a weight of 0 removes even a loss of +inf. NaN stays NaN.
 
-    The derivative by a weight of 0 is still the loss, where that is finite.
+    The derivative with respect to a weight of 0 is still the loss, if that is finite.
     """
     return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
 
 def to_bits(x: Array) -> Array:
-    """The bits of a 16-bit type, for a gather or scatter: XLA for CPU would first widen the whole
-    operand. It has no derivative."""
+    """A 16-bit array as integers, to gather from it or scatter into it: XLA for CPU would first widen a
+    whole float operand. Other arrays are returned as they are. It has no derivative."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def from_bits(x: Array, dtype: jnp.dtype) -> Array:
+    """The inverse of `to_bits`."""
     return lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x

@@ -1,8 +1,8 @@
 """The GPU backend: one kernel in Pallas (Triton) for the statistics of long rows.
 
-The plain reduction is also one pass over memory, but in 16 bits its arithmetic takes longer than the
-memory traffic: XLA gives each thread 8 to 16 logits and merges the threads by shuffles, about 45
-instructions per logit. Here each lane runs through its share of the row, a dozen instructions per
+The reduction in plain JAX is also one pass over memory, but in 16 bits its arithmetic takes longer than
+the memory traffic: XLA gives each thread 8 to 16 logits and merges the threads by shuffles, with about
+45 instructions per logit. Here each lane loops over its share of the row, with a dozen instructions per
 logit, and the lanes are merged once.
 
 Measured on an H100 (JAX 0.11.2), for 8192 x 32000 and 8192 x 128256: the time, without the time of the
@@ -14,15 +14,15 @@ call, divided by the time of reading the logits (half of a copy). The floor is 1
 | the plain reduction | 3.4, 3.4 | 1.7, 1.7 | 5.6, 5.5 | 3.7, 3.7 |
 | this kernel | 1.4, 1.3 | 1.1, 1.1 | 3.6, 3.5 | 3.1, 3.1 |
 
-4 warps read 1024 logits at a time; 8 warps with 2048 and with 4096 took 1.07 and 1.22 times as long.
-Minimum and maximum instead of the two selects took 0.93 of the time, but Triton's ignore NaN. With the
-classes on another axis, [8, 150, 256, 256], the forward pass takes 2.1 reads in bfloat16 and 1.3 in
-float32; optax takes 2.6 and 2.3, the plain reduction 4.4 and 2.4.
+The kernel uses 4 warps that read 1024 logits at a time; 8 warps with 2048 and with 4096 took 1.07 and
+1.22 times as long. Minimum and maximum instead of the two selects took 0.93 of the time, but in Triton
+they ignore NaN. With the classes on another axis, [8, 150, 256, 256], the forward pass takes 2.1 reads
+in bfloat16 and 1.3 in float32; optax takes 2.6 and 2.3, the plain reduction 4.4 and 2.4.
 
 A lane carries the largest logit so far, and the sum of the exponentials of all others, relative to a
-reference. The reference is one of those others and moves only when a logit exceeds it by more than 4. So
-distances are short where the sum is large, and a rescale shrinks the sum by e^-4 or more: rounding
-errors are small and rare."""
+reference. The reference is one of those others, and changes only when another of them exceeds it by more
+than 4. So distances are short where the sum is large, and rescaling shrinks the sum by e^-4 or more:
+rounding errors are small and rare."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ from ._rows import Rows, Targets
 
 _LANES, _WARPS = 1024, 4
 _COLUMN_LANES, _COLUMN_WARPS = 256, 2
-_LONG_ROW = 512  # XLA computes shorter rows
+_LONG_ROW = 512  # the kernel does not support shorter rows: XLA computes them
 _MARGIN = 4.0
 
 
@@ -64,8 +64,8 @@ def _inner(rows: Rows) -> int:
 
 @functools.cache
 def _has_device() -> bool:
-    """Is there a GPU that Triton compiles for? This asks the device, so without one no program uses the
-    kernel, even if it is compiled for a GPU."""
+    """Is there a GPU that Triton compiles for? Without one, no program uses the kernel, even if it is
+    compiled for a GPU, because only the device tells its compute capability."""
     try:
         device = jax.devices("cuda")[0]
     except RuntimeError:
@@ -97,7 +97,7 @@ def _call(
     kernel: Callable, operands: Iterable[Array], shape: tuple[int, ...], num_results: int,
     *, grid: tuple[int, ...], spec: Callable, warps: int, interpret: bool,
 ) -> list[Array]:  # fmt: skip
-    """The results of the kernel, in float32, each of this shape."""
+    """The results of the kernel, each float32 of shape `shape`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -136,7 +136,7 @@ def _statistics(
 
 def _add(x: Array, highest: Array, reference: Array, others: Array) -> tuple[Array, Array, Array]:
     """Add one logit to each lane."""
-    # Triton's minimum and maximum ignore NaN. With selects it reaches `others`.
+    # Triton's minimum and maximum ignore NaN. With these selects a NaN reaches `others`.
     is_lower = highest >= x
     low, high = jnp.where(is_lower, x, highest), jnp.where(is_lower, highest, x)
     distance = low - reference
@@ -147,7 +147,7 @@ def _add(x: Array, highest: Array, reference: Array, others: Array) -> tuple[Arr
 
 
 def _finish(highest: Array, reference: Array, others: Array) -> tuple[Array, Array]:
-    """The maximum and the tail; NaN if the maximum is infinite."""
+    """The maximum and the tail. The tail is NaN if the maximum is infinite."""
     highest = jnp.where(jnp.isnan(others), jnp.nan, highest)
     return highest, others * exp_difference(reference, highest) + (highest - highest)
 
@@ -200,8 +200,9 @@ def _column_statistics(rows: Rows, labels: Array, interpret: bool) -> tuple[Arra
 
 
 def _kernel(names: tuple[str, ...], *refs: Any) -> None:
-    """The statistics of one row. `refs` are the operands called `names`, then the results: the maximum,
-    the reference, the sum relative to it, and the logit at the label or the two sums of targets."""
+    """The statistics of one row. `refs` are the operands, which have these names, then the results: the
+    maximum, the reference, the sum relative to it, and the logit at the label or the two sums of
+    targets."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -209,7 +210,8 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     num_classes = inputs["logit"].shape[0]
     lanes = jnp.arange(_LANES, dtype=jnp.int32)
     has_targets = "uniform" in inputs
-    # The stored logit at the label can be read at the end; a computed one is picked in the loop.
+    # If the values are the stored logits, the one at the label is read at the end. Otherwise the loop
+    # picks it.
     is_computed = not inputs.keys().isdisjoint(("softcap", "temperature", "mask"))
     picks_label = not has_targets and is_computed
 
@@ -218,7 +220,8 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
         return triton.load(inputs[name].at[pl.ds(start, _LANES)], mask=is_class, other=other)
 
     def logit(start: Array) -> Array:
-        """The logits, -inf where there is no class; set after the soft-cap, which makes -inf finite."""
+        """The logits, -inf past the last class. This is set after the soft-cap, which makes -inf
+        finite."""
         x = load("logit", start, -jnp.inf).astype(jnp.float32)
         if "softcap" in inputs:
             cap = inputs["softcap"][0]
@@ -240,7 +243,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
         return y * load("weight", start, 0.0) if "weight" in inputs else y
 
     def moved(y: Array, x: Array, highest: Array) -> Array:
-        """What the target `y` at the logit `x` adds to the sum of `y (z - max)`."""
+        """The term that a target `y` at the logit `x` adds to the sum of `y (z - max)`."""
         return jnp.where((y == 0) | (x == highest), 0.0, y * (x - highest))
 
     def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -264,7 +267,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     init = (full(-jnp.inf), full(lowest), full(0.0), *none)
     highest, reference, others, *sums = lax.fori_loop(0, pl.cdiv(num_classes, _LANES), step, init)
 
-    # The maxima of the lanes join the others, except one of the largest.
+    # Add the maxima of the lanes to the sum of the others, except one of the largest.
     top = jnp.max(highest)
     leads = highest == top
     lower = jnp.where(leads, -jnp.inf, highest)

@@ -1,9 +1,9 @@
 """The values and gradients of a linear head, one chunk of examples at a time: the loop in plain JAX.
 
-For each chunk: compute its logits; get losses and the logits' cotangent from the loss on logits; carry
-the cotangent to hidden states and kernel by two matrix products. The next chunk reuses the memory. This
-file only orders the work and contains nothing of the loss. `_partition.py` runs these functions with
-the platform's loop, on one device or on many."""
+For each chunk: compute its logits, call the loss on logits for the losses and the logits' cotangent, and
+multiply the cotangent by kernel and hidden states for their gradients. The next chunk reuses the memory.
+This file only orders the work; the formulas of the loss are elsewhere. `_partition.py` runs these
+functions with the platform's loop, on one device or on many."""
 
 import dataclasses
 import functools
@@ -28,20 +28,20 @@ from ._weighting import Losses, only
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The checked arguments. Arrays with an entry per example are `[N..., ...]`, or `[L, n, ...]` in the
-    shards of a loop, or `[C, ...]` in a chunk."""
+    """The checked arguments. Arrays with an entry per example are `[N..., ...]`. A loop reshapes them to
+    `[L, n, ...]`, its shards, and takes chunks from these, `[C, ...]`."""
 
     hidden: Array  # [N..., D]
-    kernel: Array  # [D, V], in the dtype of the products, `hidden.dtype`, or a wider one
-    # Class ids, [N...], with -1 for a bad one; distributions, [N..., V]; or one of the two types.
+    kernel: Array  # [D, V], in the dtype of the matrix products, `hidden.dtype`, or a wider one
+    # Class ids, [N...], with -1 for a bad one; distributions, [N..., V]; a `Sparse`; or a `Teacher`.
     labels: Array | Sparse | Teacher
     bias: Array | None  # [V]
     options: Options
-    exists: Array | None = None  # bool, [1, V]: False for classes that pad a device's part
+    exists: Array | None = None  # bool, [1, V]: False for classes that are padding of this device
 
     @property
     def has_ids(self) -> bool:
-        labels = self.labels  # an array or a shape
+        labels = self.labels  # an array, or only its shape and dtype
         return not isinstance(labels, Sparse | Teacher) and labels.ndim < self.hidden.ndim
 
     @property
@@ -55,7 +55,7 @@ class Inputs:
         return compute_dtype(self.hidden.dtype)
 
     def narrowed(self) -> "Inputs":
-        """With the kernel in the dtype of the products."""
+        """The same inputs with the kernel cast to the dtype of the matrix products."""
         return dataclasses.replace(self, kernel=self.kernel.astype(self.hidden.dtype))
 
     def arrays(self) -> dict[str, Array]:
@@ -111,7 +111,8 @@ class Cotangents(NamedTuple):
 
 
 def values_like(inputs: Inputs, number: Any, place: Any) -> Values:
-    """The tree of the values, with `number` for each float array and `place` for each integer array."""
+    """A `Values` with `number` in place of each float array and `place` in place of each integer
+    array."""
     asked = inputs.options.return_aux
     has_teacher = isinstance(inputs.labels, Teacher)
     return Values(
@@ -127,7 +128,7 @@ def values_like(inputs: Inputs, number: Any, place: Any) -> Values:
 
 
 def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
-    """The values of examples that do not count, in that shape."""
+    """The `Values` of examples that do not count, each of this shape."""
     axes = _axis.varying(inputs.kernel) - _axis.names(inputs.options.axis_name)
 
     def full(x, dtype):
@@ -140,7 +141,7 @@ def nothing(inputs: Inputs, shape: tuple[int, ...]) -> Values:
 
 
 def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
-    """The plan, and the inputs cut into its shards."""
+    """The plan, and the inputs reshaped to its shards."""
     num_examples, num_classes = math.prod(inputs.batch), inputs.kernel.shape[1]
     plan = _chunks.plan(num_examples, num_classes, loop.devices, size, inputs.options.chunk_size)
     rank = len(inputs.batch)
@@ -148,8 +149,9 @@ def _plan(loop: Loop, size: Size, inputs: Inputs) -> tuple[Plan, Inputs]:
 
 
 def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
-    """The inputs of these examples. The id n stands for no example, which is not valid. Hidden states of
-    examples that are not valid become 0, so that no infinity or NaN reaches the kernel's gradient."""
+    """The inputs of these examples. The id n stands for no example; it is marked as not valid. Hidden
+    states of examples that are not valid become 0, so that no infinity or NaN reaches the kernel's
+    gradient."""
     chunk = inputs.map_examples(lambda x: loop.take(x, ids))
     if chunk.options.valid is None and plan.per_shard % plan.chunk == 0:
         return chunk
@@ -159,13 +161,13 @@ def _chunk(loop: Loop, plan: Plan, inputs: Inputs, ids: Array) -> Inputs:
 
 
 def _logits(head: Any, precision: Any) -> Array:
-    """The logits of the student's `Inputs`, or of a `Teacher`."""
+    """The logits, [C, V], of `head`: the student's `Inputs`, or a `Teacher`."""
     logits = _chunks.dot(head.hidden, head.kernel, precision)
     return logits if head.bias is None else logits + head.bias.astype(logits.dtype)[None]
 
 
 def _rows(chunk: Inputs, logits: Array, head: Any) -> Rows:
-    """The rows of a head: `Options`, for the student, or a `Teacher`."""
+    """The `Rows` of these logits. `head` has soft-cap and temperature: `Options` or a `Teacher`."""
     options = chunk.options
     rows = _cross_entropy.rows_of(logits, (-1,), options.axis_name, head.softcap, head.temperature)
     return rows if chunk.exists is None else dataclasses.replace(rows, mask=chunk.exists)
@@ -196,14 +198,14 @@ def values(loop: Loop, inputs: Inputs) -> Values:
 
 
 @values.defjvp
-def _values_jvp(loop, primals, tangents):  # for forward over reverse mode with "none"
+def _values_jvp(loop, primals, tangents):  # needed for forward over reverse mode with "none"
     return jax.jvp(functools.partial(values_forward, loop), primals, tangents)
 
 
 def values_forward(loop: Loop, inputs: Inputs) -> Values:
-    """The values, with a loop that JAX can differentiate in both modes and that saves only its
-    arguments. Arrays that all examples share are widened first: reverse mode sums their gradients over
-    the chunks in their dtype."""
+    """The values, with a loop that JAX can differentiate in both modes. Its residuals are only its
+    arguments. Arrays that all examples share are widened first, because reverse mode sums their
+    gradients over the chunks in the dtype of the arrays."""
     options = dataclasses.replace(inputs.options, forward_mode=True)
     wide = _wide(inputs.arrays(), inputs.dtype)
     inputs = dataclasses.replace(inputs, options=options).having(wide)
@@ -212,7 +214,7 @@ def values_forward(loop: Loop, inputs: Inputs) -> Values:
 
 def _wide(arrays: dict[str, Array], dtype: jnp.dtype) -> dict[str, Array]:
     """Widen the arrays that all examples share to the dtype of sums."""
-    of_labels = "labels."  # a teacher's arrays, which are not differentiated
+    of_labels = "labels."  # arrays of a teacher, which are not differentiated
     return {
         k: x if k in OF_EXAMPLES or k.startswith(of_labels) else x.astype(dtype)
         for k, x in arrays.items()
@@ -223,8 +225,8 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
     batch, (plan, inputs) = inputs.batch, _plan(loop, size, inputs)
     if plan.chunks == 0:
         return nothing(inputs, batch)
-    # An example of weight 0 can be skipped unless its weight is differentiated. Forward mode does not
-    # know what is differentiated.
+    # An example of weight 0 can be skipped unless its weight is differentiated. In forward mode we do
+    # not know which arguments are differentiated.
     options = inputs.options
     worked_on = options.valid if options.forward_mode else options.counts
     order, most = _chunks.order(plan, worked_on)
@@ -246,7 +248,7 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 
     _, chunks = lax.scan(step, None, starts)
 
-    # The place of each example in that order.
+    # The position of each example in `order`, to undo it.
     places = ids[:, : plan.per_shard]
     if worked_on is not None:
         places = jnp.argsort(places, axis=1)
@@ -262,9 +264,9 @@ def _scan(loop: Loop, size: Size, inputs: Inputs) -> Values:
 def gradients(
     wanted: frozenset[str], loop: Loop, inputs: Inputs, g: Cotangents
 ) -> tuple[Values, dict[str, Array]]:
-    """The values, and the cotangents of the wanted arrays, by name. Arrays with an entry per example get
-    theirs in their own dtype; the cotangents of the others are sums, in the compute dtype. `g` are the
-    cotangents of the values, [N...]."""
+    """The values, and the cotangents of the arrays named in `wanted`, by name. `g` are the cotangents of
+    the values, [N...]. The cotangent of an array with an entry per example has the dtype of the array.
+    The cotangents of other arrays are sums over the examples, in the compute dtype."""
     given, (plan, inputs) = inputs, _plan(loop, loop.gradients, inputs)
     options, g = inputs.options, jax.tree.map(lambda x: x.reshape(plan.shape), g)
     worked_on = options.valid if "weights" in wanted else options.counts
@@ -305,7 +307,8 @@ def gradients(
 
 @gradients.defjvp
 def _gradients_jvp(wanted, loop, primals, tangents):
-    # JAX cannot differentiate a loop in reverse mode if its length is known only at run time.
+    # JAX cannot differentiate the loop in `gradients` again in reverse mode: its length is known only at
+    # run time. So differentiate `values_forward` twice.
     def by_values(inputs, g):
         arrays = inputs.arrays()
 
@@ -322,7 +325,7 @@ def _gradients_jvp(wanted, loop, primals, tangents):
 
 
 def _zeros(x: Array, dtype: jnp.dtype) -> Array:
-    """Zeros to sum the cotangent of `x` in; they vary over the same mesh axes."""
+    """Zeros, the start of a sum of cotangents of `x`. They vary over the same mesh axes as `x`."""
     return _axis.vary(jnp.zeros(x.shape, dtype), _axis.varying(x))
 
 
@@ -330,8 +333,8 @@ def _add_chunk(
     loop: Loop, wanted: frozenset[str], chunk: Inputs, g: Cotangents,
     shared: dict[str, Array],
 ) -> tuple[Values, dict[str, Array], dict[str, Array]]:  # fmt: skip
-    """The values of a chunk, `shared` with the chunk's cotangents added, and the cotangents of its
-    examples. The loss gives the cotangent of the logits; matrix products carry it on."""
+    """The values of a chunk; `shared` plus the chunk's cotangents; and the cotangents of the arrays with
+    an entry per example. The loss gives the cotangent of the logits, two matrix products the rest."""
     logits, arrays = _logits(chunk, chunk.options.precision), chunk.arrays()
     inner = {k: arrays[k] for k in wanted - {"hidden", "kernel", "bias"}}
 
@@ -354,6 +357,6 @@ def _add_chunk(
 
 
 def _differentiated(g: Cotangents, loss: Array, others: Any) -> Cotangents:
-    """The values that `g` has cotangents for."""
+    """The outputs that the cotangents `g` belong to."""
     entropy = None if g.entropy is None else others.entropy
     return Cotangents(loss, others.log_normalizer, entropy)

@@ -1,22 +1,22 @@
-"""Read from a compiled program's text what it does: its kernels, and what devices send to each other.
+"""Parse the HLO text of a compiled program: its kernels, and the bytes that devices send to each other.
 
 `jax_sce.benchmark` and `jax_sce.testing` use it; the losses do not.
 
     program = jax.jit(f).lower(*shapes).compile()
     for kernel in kernels(program.as_text()): ...
 
-It is arithmetic on the text, by these rules:
+The costs are computed from the text, by these rules:
 
 - A fusion, or an instruction outside a fusion, is one kernel. It reads each operand from memory once and
   writes each result once. If it only slices or gathers from an operand, it reads only that part; if it
   updates a part in place, it writes only that part.
 - Arrays that are not in device memory, e.g. in a TPU's on-chip memory, cost nothing.
 - Operations are those of matrix products: two for each multiplication and addition.
-- A loop's body counts as often as the loop runs, or NaN times if only the running program knows.
-- Only the more expensive branch of a conditional counts. A byte costs as much as 300 operations.
+- A loop's body counts as often as the loop runs, or NaN times if that is known only at run time.
+- Only the most expensive branch of a conditional counts. A byte costs as much as 300 operations.
 - A custom call is a cuBLAS product, or states its own cost (Pallas's `cost_estimate` on TPUs), or is
-  `opaque`: then its operands and results count, and its operations are unknown. Its scratch memory costs
-  nothing.
+  `opaque`. If it is opaque, its operands and results count, and its operations are unknown. Its scratch
+  memory costs nothing.
 
 Not counted: repeated reads by the tiles of a product, savings by caches, elementwise arithmetic, padding
 of layouts, the time between kernels, and the time of the links between devices.
@@ -50,7 +50,7 @@ class Collective(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A matrix product. `precision` is the dtype of its operands, e.g. "bf16", or "f32 high" or
-    "f32 highest" if JAX was told so."""
+    "f32 highest" if JAX was given that precision."""
 
     operations: float
     precision: str
@@ -86,7 +86,8 @@ def kernels(text: str, *, every_branch: bool = False) -> list[Kernel]:
 # These read only as much of an array as their result holds.
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice", "scatter"}
-# The first only reshape. All of them read one element for each element that is read of their result.
+# `_RENAMING` only reshapes. All of `_TRANSPARENT` read one element for each element read of their
+# result.
 _RENAMING = {"bitcast", "reshape"}
 _TRANSPARENT = _RENAMING | {"bitcast-convert", "convert", "copy", "transpose"}
 _OPERATIONS_A_BYTE = 300  # rate / bandwidth of an H100; 170 for a TPU v5p, 560 for a v6e
@@ -178,7 +179,7 @@ class _Computation:
         )
 
     def type_of(self, operand: str) -> str:
-        """The type of an operand, which some programs write as `name#1`, a part of a tuple."""
+        """The type of an operand. Some programs write `name#1` for a part of a tuple."""
         name, _, part = operand.partition("#")
         if name not in self.named:
             return ""
@@ -200,7 +201,7 @@ class _Module:
         self.computations = {name: _Computation(x) for name, x in lines.items()}
 
     def called_name(self, i: _Instruction) -> str:
-        """The computation that an instruction runs, or applies to pairs of elements."""
+        """The name of the computation that an instruction runs, or applies to pairs of elements."""
         for key in ("calls", "to_apply"):
             if name := i.attribute(key):
                 return name
@@ -227,7 +228,7 @@ def _instruction(found: re.Match[str]) -> _Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index where the parenthesis at `start` closes."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -248,15 +249,15 @@ def _visit(
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")) or i.target in _FREE_CALLS:
             continue
         if opcode == "while":
-            turns = _turns(module, computation, i)
+            trips = _trip_count(module, computation, i)
             parts = ("body", "condition") if every_branch else ("body",)
             for part in parts:
                 inner = i.attribute(part) or ""
-                yield from _visit(module, inner, times * turns, True, every_branch)
+                yield from _visit(module, inner, times * trips, True, every_branch)
         elif opcode == "conditional":
             branches = [list(_visit(module, b, times, in_loop, every_branch)) for b in _branches(i)]
             if not every_branch:
-                branches = [max(branches, key=_dearness)]
+                branches = [max(branches, key=_cost)]
             yield from itertools.chain(*branches)
         elif opcode in ("call", "async") or i.opcode == "custom-call-start":
             yield from _visit(module, module.called_name(i), times, in_loop, every_branch)
@@ -264,7 +265,7 @@ def _visit(
             yield dataclasses.replace(_kernel(module, computation, i, in_loop), times=times)
 
 
-def _dearness(branch: list[Kernel]) -> float:
+def _cost(branch: list[Kernel]) -> float:
     return sum(
         k.times * (k.bytes + sum(p.operations for p in k.products) / _OPERATIONS_A_BYTE)
         for k in branch
@@ -277,15 +278,16 @@ def _branches(i: _Instruction) -> list[str]:
     return [x for key in ("true", "false") if (x := i.attribute(f"{key}_computation"))]
 
 
-def _turns(module: _Module, outer: _Computation, loop: _Instruction) -> float:
-    """How often a loop runs: as XLA says, or as `while i < n` says if n and the first i are constant."""
+def _trip_count(module: _Module, outer: _Computation, loop: _Instruction) -> float:
+    """How often a loop runs: XLA's trip count, or that of `while i < n` if n and the first i are
+    constant. NaN if neither is known."""
     if known := re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)', loop.attributes):
         return int(known[1])
     condition = module.computations[loop.attribute("condition") or ""]
     initial = outer.named[loop.operands[0]]
 
     def constant(c: _Computation, name: str) -> tuple[int | None, int | None]:
-        """The value of an instruction at the loop's start, and its place in the loop's state."""
+        """The value of an instruction at the loop's start, and its index in the loop's state."""
         i, place = c.named[name], None
         while i.opcode in ("copy", "bitcast", "get-tuple-element"):
             if i.opcode == "get-tuple-element" and c is condition:
@@ -312,7 +314,7 @@ def _turns(module: _Module, outer: _Computation, loop: _Instruction) -> float:
     return max(last - first, 0) if [x.arguments for x in steps] == ["1"] else math.nan
 
 
-# -- what a kernel costs -------------------------------------------------------------------------------
+# -- the cost of a kernel ------------------------------------------------------------------------------
 
 
 def _kernel(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) -> Kernel:
@@ -321,7 +323,9 @@ def _kernel(module: _Module, c: _Computation, i: _Instruction, in_loop: bool) ->
     if opcode in _COLLECTIVES:
         collective = _collective(module, c, i, in_loop)
         given = sum(_bytes(c.type_of(x)) for x in i.operands)
-        return Kernel(i.name, opcode, given, _came(i, given, _bytes), collective=collective)
+        return Kernel(
+            i.name, opcode, given, _bytes_of_results(i, given, _bytes), collective=collective
+        )
     if i.opcode == "copy-start":  # its result holds the copy and the original
         copy = _arrays(i.type)[0]
         written = copy.bytes if copy.in_memory else 0
@@ -388,7 +392,7 @@ def _elements_read(module: _Module, c: _Computation, name: str) -> float:
 
 
 def _is_result(c: _Computation, i: _Instruction) -> bool:
-    """Is the instruction a result of the computation that nothing in there reads?"""
+    """Is the instruction a result of the computation, and not read inside it?"""
     while not i.is_root:
         users = c.users.get(i.name, [])
         if len(users) != 1 or users[0].opcode not in _RENAMING | {"tuple"}:
@@ -455,7 +459,7 @@ def _products(module: _Module, c: _Computation, i: _Instruction) -> Iterator[Pro
 
 
 def _summed_by_convolution(i: _Instruction, lhs: _Array) -> int:
-    """How many numbers are summed for each result: features times window, without batch dimensions."""
+    """How many products are summed for each result: features times window, without batch dimensions."""
     labels = (i.attribute("dim_labels") or "").partition("_")[0]
     window = re.search(r"window=\{([^}]*)\}", i.attributes)
     sizes, dilations = (
@@ -487,16 +491,17 @@ def _collective_within(module: _Module, c: _Computation, in_loop: bool) -> Colle
     return None
 
 
-def _came(i: _Instruction, given: float, size: Callable[[str], float]) -> float:
+def _bytes_of_results(i: _Instruction, given: float, size: Callable[[str], float]) -> float:
     """The size of the results. The type of a start operation may also include the operands."""
-    came = size(i.type.replace("u32[]", ""))
-    return came - given if i.opcode.endswith("-start") and came > given else came
+    size_of_type = size(i.type.replace("u32[]", ""))
+    has_operands = i.opcode.endswith("-start") and size_of_type > given
+    return size_of_type - given if has_operands else size_of_type
 
 
 def _larger(c: _Computation, i: _Instruction) -> int:
     """The larger of operands and results: a gather's result, a reduce-scatter's operand."""
     given = sum(_size(c.type_of(x)) for x in i.operands)
-    return int(max(given, _came(i, given, _size)))
+    return int(max(given, _bytes_of_results(i, given, _size)))
 
 
 def _size(type_text: str) -> float:
@@ -504,7 +509,7 @@ def _size(type_text: str) -> float:
 
 
 def _group(module: _Module, i: _Instruction) -> int:
-    """The number of devices in a group, which is given as a list, an iota, or mesh axes."""
+    """The number of devices in a group. The text gives groups as a list, an iota, or mesh axes."""
     if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", i.attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]<=", i.attributes):

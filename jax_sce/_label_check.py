@@ -1,9 +1,10 @@
-"""Have `jax.experimental.checkify` report labels outside [0, V) at run time.
+"""Make `jax.experimental.checkify` report labels outside [0, V) at run time.
 
 A bad label makes its loss NaN; `checkify.checkify(step, errors=user_checks)` says which label it was.
-We cannot call `checkify.check`, which requires that every step is checkified, nor
-`checkify.debug_check`, whose effect in the program makes `jax.jit` dispatch each call by its slow path.
-Instead the labels pass through a primitive that does nothing, and checkify gets a rule for it.
+We cannot call `checkify.check`, because then users would have to checkify every step. We cannot call
+`checkify.debug_check` either: it adds an effect to the program, and then `jax.jit` dispatches each call
+on its slow path. Instead the labels pass through a primitive that does nothing, and checkify gets a rule
+for that primitive.
 """
 
 import functools
@@ -14,8 +15,8 @@ from jax import Array
 
 
 def class_index(labels: Array, num_classes: int, counts: Array | None) -> Array:
-    """Labels, [N...], as int32, with -1 for those outside [0, V). checkify reports the first bad one,
-    among the examples in `counts` if that is given."""
+    """Labels, [N...], as int32, with -1 for those outside [0, V). checkify reports the first of these.
+    If `counts`, [N...], is given, it reports only examples where that is True."""
     args = (labels,) if counts is None else (labels, counts)
     labels = _primitive().bind(*args, num_classes=num_classes)
     good = _is_class(labels, num_classes)
@@ -23,7 +24,8 @@ def class_index(labels: Array, num_classes: int, counts: Array | None) -> Array:
 
 
 def _is_class(labels: Array, num_classes: int) -> Array:
-    """Which labels lie in [0, V)? They are compared in their own dtype, so nothing wraps around."""
+    """bool: which labels lie in [0, V)? They are compared in their own dtype, because a cast could
+    wrap."""
     good = labels >= 0
     if num_classes <= jnp.iinfo(labels.dtype).max:
         good &= labels < jnp.asarray(num_classes, labels.dtype)
@@ -32,7 +34,8 @@ def _is_class(labels: Array, num_classes: int) -> Array:
 
 @functools.cache
 def _primitive():
-    """Made on first use: its imports take ten times as long as all of this library."""
+    """The primitive. It is made on first use, because its imports take ten times as long as all of this
+    library."""
     from jax.extend.core import Primitive
     from jax.interpreters import batching, mlir
 
@@ -54,8 +57,8 @@ def _primitive():
 
 
 def _teach_checkify(primitive) -> None:
-    """JAX has no public registry of checkify's rules. If a later version moves its own, the loss of a
-    bad label is still NaN, but checkify does not name the label."""
+    """Register checkify's rule. JAX has no public registry of these rules. If a later version moves the
+    private one, the loss of a bad label is still NaN, but checkify does not report the label."""
     from jax.experimental import checkify
 
     try:
@@ -64,7 +67,7 @@ def _teach_checkify(primitive) -> None:
         return
 
     def rule(*args, num_classes):
-        # In some versions a context comes first.
+        # In some versions of JAX a context comes before these arguments.
         arity = next(i for i, x in enumerate(args) if isinstance(x, frozenset)) + 1
         context, (labels, *counts) = args[:arity], args[arity:]
         run = checkify.checkify(_check, errors=checkify.user_checks)

@@ -16,12 +16,12 @@ def is_16_or_32_bit(rows: Rows, targets: list[Targets]) -> bool:
 
 
 def batch(rows: Rows, x: Any) -> tuple[int, ...]:
-    """The sizes of the axes other than the class axes."""
+    """The sizes of the example axes."""
     return tuple(n for axis, n in enumerate(x.shape) if axis - len(x.shape) not in rows.axes)
 
 
 def of_rows(rows: Rows, x: Array) -> Array:
-    """[N, 1] or [1, 1] as [n]."""
+    """[N, 1] or [1, 1] as [n], where n is the number of rows."""
     return jnp.broadcast_to(x, rows.row_shape).reshape(-1)
 
 
@@ -43,7 +43,7 @@ def classes_last(rows: Rows, x: Array) -> Array:
 
 
 def as_laid_out(rows: Rows, x: Array) -> Array:
-    """[n, V] as [N, V]."""
+    """[n, V] as [N, V], with the classes on their own axes again."""
     sizes = [rows.logits.shape[axis] for axis in rows.axes]
     x = x.reshape(*batch(rows, rows.logits), *sizes)
     return jnp.moveaxis(x, range(-len(sizes), 0), rows.axes)

@@ -1,9 +1,9 @@
-"""The loss of a linear head, from hidden states and kernel. The N x V logits never exist.
+"""The loss of a linear head, from hidden states and kernel. The [N, V] logits are never stored.
 
-"mean" and "sum" know the cotangent of every example up to one common factor. When they are
-differentiated, the forward rule computes the gradients along with the value (6NDV operations, as with
-stored logits) and the backward rule scales them. "none" must wait for its cotangents, so its backward
-rule computes the logits again.
+With "mean" and "sum", the cotangents of all examples are known in the forward pass, up to one common
+factor. So the forward rule computes the gradients along with the value (6NDV operations, as with stored
+logits), and the backward rule scales them. With "none", the cotangents are known only in the backward
+pass, so the backward rule computes the logits again.
 
 References: computing gradients in the forward pass is Liger-Kernel's idea (Hsu et al., 2024,
 arXiv:2410.10989); Wijmans et al. (2024), arXiv:2411.09009, recompute, as "none" does here.
@@ -85,16 +85,17 @@ def linear_softmax_cross_entropy(
 
     The result is that of `softmax_cross_entropy_with_integer_labels(hidden @
     kernel + bias, labels)`, or of `softmax_cross_entropy` for other labels. The
-    logits are accumulated in float32, one chunk of examples at a time.
+    logits are computed one chunk of examples at a time, and accumulated in
+    float32 (float64 for float64 inputs).
 
-    With "mean" and "sum" the forward pass also computes the gradients, and the
-    two passes take as long as with stored logits. With "none" the backward pass
-    computes the logits again. Examples that do not count, by `ignore_index` or
-    weight 0, cost next to nothing; but weight 0 saves nothing if the weights
-    are differentiated, or in forward mode.
+    With "mean" and "sum" the forward pass also computes the gradients. Together
+    the two passes take as long as with stored logits. With "none" the backward
+    pass computes the logits again. Examples that do not count, because of
+    `ignore_index` or weight 0, cost next to nothing. But weight 0 saves nothing
+    if the weights are differentiated, or in forward mode.
 
-    In a program that `jax.jit` splits over devices, each device computes its
-    own examples and classes, as `hidden` and `kernel` are laid out.
+    If `jax.jit` partitions the program over devices, each device computes its
+    own examples and classes, following the shardings of `hidden` and `kernel`.
 
     Pass all examples in one call, [N..., D]. `jax.vmap` over examples would
     make a gradient of the kernel, [D, V], for each of them.
@@ -103,65 +104,68 @@ def linear_softmax_cross_entropy(
       hidden: [N..., D], in float16, bfloat16, float32 or float64, like all
         float arguments.
       kernel: [D, V]. For a tied embedding [V, D] pass `embedding.T` (XLA on CPU
-        copies it once). If `hidden` and `kernel` differ in dtype, the products
-        are computed in the wider one; under
-        `jax.numpy_dtype_promotion("strict")` you must choose by `dtype`.
+        copies it once). If `hidden` and `kernel` differ in dtype, the matrix
+        products are computed in the wider dtype; under
+        `jax.numpy_dtype_promotion("strict")` you must set `dtype`.
       labels: [N...], integers in [0, V); [N..., V], distributions; a `Sparse`,
-        with a few classes of each example; or a `Teacher`, the softmax of
-        another head. (Without x64, `jax.jit` truncates NumPy's 64-bit integers
-        that are passed to your own jitted function, before this function sees
+        which lists a few classes of each example; or a `Teacher`, the softmax
+        of another head. (Without x64, `jax.jit` truncates 64-bit NumPy integers
+        that you pass to your own jitted function, before this function sees
         them.)
       bias: [V].
       ignore_index: Examples with this label do not count: loss 0, gradient 0.
         Only for class ids.
       label_smoothing: e, a number in [0, 1].
       class_weights: [V], the weight of each class.
-      weights: [N...], the weight of each example; one of weight 0 does not
-        count. It may be a number, or have axes of size 1.
-      z_loss: A number; adds `z_loss * L**2` to each example, where L is its
+      weights: [N...], the weight of each example. A number or axes of size 1
+        broadcast. An example of weight 0 does not count.
+      z_loss: A number; adds `z_loss * L**2` to each loss, where L is the
         log-normalizer. Class weights do not apply to it.
       softcap: A positive number c; the logits become `c * tanh(logits / c)`.
-      temperature: A positive number, or one for each example, [N...] (or axes
-        of size 1). The logits are divided by it, after the soft-cap. It gets a
-        gradient.
+      temperature: A positive number, or one for each example, [N...]; axes of
+        size 1 broadcast. The logits are divided by it, after the soft-cap. It
+        is differentiable.
       reduction: "none" returns [N...]. "sum" adds the losses up. "mean" divides
-        that by the sum of `weights * class_weights[label]` (of `weights`, if
-        labels are not class ids) over the examples that count, and is 0 if
+        this sum by the sum of `weights * class_weights[label]` (of `weights`,
+        if labels are not class ids) over the examples that count, and is 0 if
         there are none.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
         are split, or a tuple of axes. V is then the number of classes on this
-        device. Labels stay global. The loss is that of the whole rows, equal on
-        all devices of the axis. "mean" and "sum" reduce over the examples of
-        this device. With `check_vma=False`, differentiate outside of
-        `shard_map`: inside, JAX multiplies gradients by the axis size.
-      chunk_size: How many examples a chunk has; its float32 logits are held in
-        memory. None chooses from shapes and platform: on CPU up to 128 MiB of
-        logits, elsewhere 2048 examples or more in at most 2 GiB. On CPU, chunks
-        of 128 took as long as the 256 that None chose, with 0.6 to 0.8 of the
-        temporary memory; chunks of 64 took up to 1.3 times as long, 32 1.7
-        times and 16 2.5 times, with 0.2 to 0.6 of it. The gradient of a 16-bit
-        kernel is summed in a float32 array of its size, whatever the chunk.
+        device. Class ids are global; distributions are split like the classes.
+        The loss covers the classes of all devices and is the same on all
+        devices of the axis. "mean" and "sum" reduce over the examples of this
+        device. With `check_vma=False`, differentiate outside of `shard_map`:
+        inside, JAX multiplies gradients by the axis size.
+      chunk_size: The number of examples in a chunk. The float32 logits of one
+        chunk are held in memory. None chooses from shapes and platform: on CPU
+        up to 128 MiB of logits, elsewhere 2048 examples or more in at most
+        2 GiB. Measured on CPU, where None chose 256: chunks of 128 took as
+        long, with 0.6 to 0.8 of the temporary memory; chunks of 64, 32 and 16
+        took up to 1.3, 1.7 and 2.5 times as long, with 0.2 to 0.6 of it. For
+        any chunk size, the gradient of a 16-bit kernel is summed in a float32
+        array of the kernel's shape.
       dtype: The dtype of the matrix products, as in Flax's layers; None means
         the wider of `hidden` and `kernel`. bfloat16 with a float32 kernel is
-        mixed precision: `hidden` and `kernel` are rounded once for the
+        mixed precision: `hidden` and `kernel` are rounded once, before the
         products, and the kernel's gradient is summed and returned in float32.
       precision: The precision of the matrix products, as in `jax.numpy.dot`:
         None, "highest" and so on.
       return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
-        entropy and, for class ids, the label's rank, of each example.
+        entropy and, for class ids, the label's rank of each example.
         Log-normalizer and entropy are differentiated exactly; with "mean" and
-        "sum" their derivative computes the logits once more, if it is used.
-      forward_mode: Differentiate with JAX's own rules for the loop over the
-        chunks, for `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over
-        forward mode.
+        "sum" their derivative computes the logits once more, if you use it.
+      forward_mode: Differentiate the loop over the chunks with JAX's own rules.
+        `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode
+        need it.
 
     Returns:
       The loss, [N...] or a scalar, in float32 (float64 for float64 inputs).
-      With `return_aux`, the pair of loss and aux. Bad labels and logits give
-      NaN as in the losses on logits, and `checkify` reports bad labels as
-      there. Gradients have the dtypes of their arguments, and are accumulated
-      in float32. (In float16, "mean" and "sum" also compute the logits once
-      more: gradients whose scale is not known yet would leave its range.)
+      With `return_aux`, the pair (loss, aux). Bad labels and logits give NaN as
+      in the losses on logits, and `checkify` reports bad labels in the same
+      way. Gradients have the dtypes of their arguments and are accumulated in
+      float32. (In float16, "mean" and "sum" compute the logits again in the
+      backward pass, too: in the forward pass the scale of the gradients is not
+      known, and they could leave the range of float16.)
 
     Raises:
       TypeError, ValueError: An argument has the wrong type, shape or range. The
@@ -215,7 +219,7 @@ def inputs(
     hidden: ArrayLike, kernel: ArrayLike, labels: Any, *, bias: ArrayLike | None,
     ignore_index: int | None, axis_name: AxisName, dtype: Any, **options: Any,
 ) -> Inputs:  # fmt: skip
-    """Check the arguments of `linear_softmax_cross_entropy`, given by their public names."""
+    """Check the arguments of `linear_softmax_cross_entropy`. The keywords are its argument names."""
     hidden = _arguments.array("hidden", hidden, "floating")
     kernel = _arguments.array("kernel", kernel, "floating")
     batch, num_classes = _arguments.head(hidden, kernel)
@@ -224,7 +228,7 @@ def inputs(
         bias = _arguments.array("bias", bias, "floating", (num_classes,))
     labels, ignore_index, has_ids = _labels(labels, batch, num_classes, ignore_index)
     if ignore_index is not None and not has_ids:
-        raise ValueError("ignore_index must be None for labels that are not class ids: use weights")
+        raise ValueError("ignore_index must be None unless labels are class ids; use weights")
     checked = _arguments.options(
         dtype, batch, num_classes, ignore_index=ignore_index, axis_name=axis_name, **options
     )
@@ -234,10 +238,11 @@ def inputs(
     if isinstance(labels, Teacher):
         for name in ("label_smoothing", "class_weights"):
             if getattr(checked, name) is not None:
-                raise ValueError(f"{name} must be left out if labels are a Teacher")
+                raise ValueError(f"{name} must not be given if labels are a Teacher")
     count = num_classes * _axis.size(checked.axis_name)
     labels = _cross_entropy.checked(labels, count, checked.counts, has_ids)
-    # The rule narrows a wider kernel, so that its gradient stays wide.
+    # Keep a kernel that is wider than the products: its gradient must have its dtype. The rule narrows
+    # it.
     kernel = kernel if kernel.dtype.itemsize >= dtype.itemsize else kernel.astype(dtype)
     return Inputs(hidden.astype(dtype), kernel, labels, bias, checked)
 
@@ -251,10 +256,11 @@ def _labels(
     if isinstance(labels, Teacher):
         return _arguments.teacher(labels, batch, num_classes), ignore_index, False
     has_ids = _arguments.rank_of_labels(labels) == len(batch)
-    labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index)
+    advice = f"; distributions have shape {(*batch, num_classes)}"
+    labels, ignore_index = _arguments.labels(labels, has_ids, ignore_index, advice)
     if labels.shape != (batch if has_ids else (*batch, num_classes)):
         raise ValueError(
-            f"labels must have shape {batch}, class ids, or {(*batch, num_classes)}, distributions, "
+            f"labels must have shape {batch} (class ids) or {(*batch, num_classes)} (distributions), "
             f"got {labels.shape}"
         )
     return labels, ignore_index, has_ids
@@ -262,9 +268,9 @@ def _labels(
 
 @jax.jit
 def loss_of(inputs: Inputs) -> Any:
-    """The loss, and the aux if it is asked for."""
+    """The loss, or (loss, aux) with `return_aux`."""
     options = inputs.options
-    # An example of weight 0 is invalid if its hidden state is not finite.
+    # Treat an example of weight 0 as invalid if its hidden state is not finite: 0 times NaN is NaN.
     if options.weights is not None:
         harmless = (options.weights != 0) | jnp.all(jnp.isfinite(inputs.hidden), axis=-1)
         inputs = dataclasses.replace(inputs, options=options.where(harmless))
@@ -272,9 +278,9 @@ def loss_of(inputs: Inputs) -> Any:
     if options.forward_mode:
         loss, aux = _partition.by_loop(_head.values_forward, inputs)
     else:
-        # float16 gradients stay in range only if their scale is known: leave them to the backward rule.
+        # float16 gradients of unknown scale could leave its range: let the backward rule compute them.
         sums = options.reduction != "none" and inputs.hidden.dtype != jnp.float16
-        # JAX's error about forward mode shows this line, comment included.
+        # JAX's error about forward mode quotes this line: its comment tells the user what to do.
         loss, aux = _rule(sums, inputs)  # jvp: forward_mode=True
     if options.reduction != "none":
         like = _head.nothing(inputs, inputs.batch).loss
@@ -285,7 +291,8 @@ def loss_of(inputs: Inputs) -> Any:
 
 
 def _on_explicit_axes(inputs: Inputs) -> Any:
-    """On a mesh with explicit axes JAX knows the layout: each device computes its own part."""
+    """The loss on a mesh with explicit axes. The shardings are known while tracing: use
+    `jax.shard_map`."""
     sharding = jax.typeof(inputs.hidden).sharding
     layout = _partition.layout_of_arrays(inputs, sharding.mesh.shape)
     options = dataclasses.replace(
@@ -306,8 +313,9 @@ def _on_explicit_axes(inputs: Inputs) -> Any:
 
 
 def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
-    """`loss_of`, with the shardings inside left to the compiler. This is for meshes where only some axes
-    are explicit, and for empty `hidden`: JAX would ask for the sharding of every gather and product."""
+    """`loss_of`, with the shardings inside left to the compiler. It is for meshes with both explicit and
+    other axes, and for empty `hidden`. Otherwise JAX would require `out_sharding` for every gather and
+    product."""
     like = jax.typeof(inputs.hidden).sharding
     of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
     whole = NamedSharding(like.mesh, PartitionSpec())
@@ -318,10 +326,10 @@ def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
 
 
 def _varied(inputs: Inputs) -> Inputs:
-    """Inside `jax.shard_map`, make all arrays vary over the mesh axes that any of them varies over. A
-    kernel that is whole on every device then gets a gradient on each, and JAX sums these once, outside
-    the rules. Over the axes that split the classes, only arrays that meet the classes vary; the losses
-    do not."""
+    """Inside `jax.shard_map`, make all arrays vary over the mesh axes that any of them varies over. If a
+    kernel is replicated, the rules then return a gradient for each device, and JAX sums these once,
+    outside the rules. Over the axes that split the classes, only the arrays that are combined with the
+    kernel are made to vary. The losses do not vary over them."""
     (inputs,) = _axis.vary_alike(inputs, but=inputs.options.axis_name)
     arrays = inputs.arrays()
     names = (
@@ -336,19 +344,19 @@ def _varied(inputs: Inputs) -> Inputs:
 
 
 class _Residuals(NamedTuple):
-    """The backward rule must know which arguments are differentiated, which the forward rule sees while
-    tracing. But the residuals must always be the same tree: JAX may reuse the tree of another trace (of
-    a jitted function that is differentiated by one argument, then by two). So every argument has an
-    array here, empty if it is not differentiated."""
+    """The forward rule sees while tracing which arguments are differentiated, and the backward rule must
+    know it, too. But the residuals must always have the same tree structure, because JAX may reuse that
+    of another trace (if a jitted function is differentiated with respect to one argument, then to two).
+    So `wanted` has an array for every argument: an empty one if the argument is not differentiated."""
 
     inputs: Inputs
-    wanted: dict[str, Array]  # the gradients of the sum; any other numbers if "none" is asked for
+    wanted: dict[str, Array]  # with "sum" and "mean" the gradients, with "none" placeholders
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rule(sums: bool, inputs: Inputs) -> Values:
-    """The losses one by one, whose backward rule computes the logits again; or, if `sums`, their sum,
-    whose forward rule computes the gradients."""
+    """If `sums`, the sum of the losses: the forward rule computes the gradients, too. If not, the loss
+    of each example: the backward rule computes the logits again."""
     return _summed(sums, _partition.values(inputs))
 
 
@@ -387,7 +395,7 @@ def _bwd(sums, residuals, cotangents):
     g = _axis.total_cotangent(inputs.options.axis_name, g)
     if is_scaled:
         gradients = {k: g.loss * x.astype(g.loss.dtype) for k, x in gradients.items()}
-    else:  # gradients that the forward rule may have computed lack the cotangents of the aux
+    else:  # if the forward rule computed gradients, they do not include the cotangents of the aux
         _, gradients = _partition.gradients(frozenset(gradients), inputs, g)
     return (inputs.having({k: x.astype(arrays[k].dtype) for k, x in gradients.items()}),)
 

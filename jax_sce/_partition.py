@@ -1,11 +1,12 @@
-"""A head as one operation: choose its loop, and split it over devices.
+"""A head as one primitive: choose its loop, and split it over devices.
 
-In a program that the compiler splits, `custom_partitioning` tells us how hidden states and kernel are
-laid out, and each device runs the loop over its own examples and classes. If devices with different
+In a program that the compiler splits, `custom_partitioning` tells us the shardings of hidden states and
+kernel, and each device runs the loop over its own examples and classes. If devices with different
 examples split the kernel's features (FSDP), the features are gathered once, before the loop. In the loop
-devices exchange only row statistics. After it the gradients are summed once; the kernel's gradient is
-reduce-scattered if its features are split. A `Layout` describes this. If the layout is known while
-tracing, from `shard` or on meshes with explicit axes, `jax.shard_map` is used instead."""
+the devices exchange only row statistics. After the loop the gradients are summed once. If the features
+of the kernel's gradient are split, it is reduce-scattered. A `Layout` describes this. If the shardings
+are known while tracing, from `shard` or on meshes with explicit axes, `jax.shard_map` is used
+instead."""
 
 import dataclasses
 import functools
@@ -25,25 +26,25 @@ from ._head import OF_EXAMPLES, Cotangents, Inputs, Values, values_like
 from ._targets import Sparse, Teacher
 
 Axes = tuple[str, ...]
-# Devices that split the classes keep their parts of these gradients. All others are summed over them.
+# Devices that split the classes keep their parts of these gradients, and sum all other gradients.
 _OF_CLASSES = ("kernel", "bias", "class_weights", "labels")
-# The feature axes, which are whole while the loop runs.
+# The axes of the features. While the loop runs, they are not split.
 _FEATURES = {"hidden": -1, "kernel": 0, "labels.hidden": -1, "labels.kernel": 0}
 
 
 class Layout(NamedTuple):
-    """The mesh axes that split each array. No axis occurs twice among examples and classes.
+    """The mesh axes that split each array. No mesh axis splits both examples and classes.
 
-    An all-to-all before the loop turns a split of the kernel's features over `moved` into a split of its
-    classes. One after the loop turns a split of its gradient's classes over `returned` into a split of
-    the features. Both are the last axes of `classes`."""
+    Before the loop, an all-to-all turns a split of the kernel's features over `moved` into a split of
+    its classes. After the loop, another turns a split of the gradient's classes over `returned` into a
+    split of its features. Both are the last axes of `classes`."""
 
     examples: tuple[Axes, ...]  # for each axis of the examples
     classes: Axes
     features: Axes  # of the kernel, gathered before the loop
     moved: Axes = ()
     returned: Axes = ()
-    scattered: Axes = ()  # of the features of its gradient, which is reduce-scattered
+    scattered: Axes = ()  # of the features of the kernel's gradient, which is reduce-scattered
 
     @property
     def all_examples(self) -> Axes:
@@ -56,13 +57,13 @@ class Layout(NamedTuple):
 
     @property
     def gradient(self) -> tuple[Axes, Axes]:
-        """The split of its gradient after the loop: (features, classes)."""
+        """The split of the kernel's gradient after the loop: (features, classes)."""
         held = self.classes[: len(self.classes) - len(self.returned)]
         return self.scattered + self.returned, held
 
 
-# What to compute: the values; the kernel with all features of a device's classes; or the values and the
-# gradients by the arrays of these names.
+# What to compute: the values; the kernel, with all features of the classes of a device; or the values
+# and the gradients with respect to the arrays of these names.
 What = Literal["values", "kernel"] | frozenset[str]
 
 
@@ -72,8 +73,9 @@ def values(inputs: Inputs) -> Values:
 
 
 def kernel(inputs: Inputs) -> Array:
-    """The kernel to save for computing the head again. In a program that the compiler splits, each
-    device saves all features of its classes, so that they are gathered only once."""
+    """The kernel as a residual, from which the backward pass computes the logits again. In a program
+    that the compiler splits, each device saves all features of its classes, so they are gathered only
+    once."""
     return _bind("kernel", inputs)
 
 
@@ -100,8 +102,8 @@ def by_loop(function: Callable, *args: Any) -> Any:
 
 
 def _function(what: What) -> Callable:
-    """`function(loop, inputs, *g)`; gradients take cotangents. A kernel wider than the products is
-    narrowed once, before the loop; its gradient stays wide."""
+    """The function `(loop, inputs, *g)` that computes `what`; only gradients take cotangents g. A kernel
+    wider than the matrix products is narrowed once, before the loop. Its gradient stays wide."""
     if what == "values":
         return lambda loop, inputs: _head.values(loop, inputs.narrowed())
     if what == "kernel":
@@ -110,12 +112,12 @@ def _function(what: What) -> Callable:
 
 
 def _narrowed(what: What, inputs: Inputs) -> Inputs:
-    """Narrow the kernel before it is sent."""
+    """Narrow the kernel before devices send it to each other."""
     return inputs if what == "kernel" else inputs.narrowed()
 
 
 def _results(what: What, inputs: Inputs) -> Any:
-    """The shapes of the results."""
+    """The shapes and dtypes of the results."""
     if what == "kernel":
         return jax.ShapeDtypeStruct(inputs.kernel.shape, inputs.kernel.dtype)
     of_each = jax.ShapeDtypeStruct(inputs.batch, inputs.dtype)
@@ -140,7 +142,7 @@ def _bind(what: What, *args: Any) -> Any:
 
 @functools.cache
 def _primitive():
-    """Made on first use: its imports take long."""
+    """The primitive of a head. It is made on first use, because its imports take long."""
 
     def eager(*leaves, what, tree):  # under `jax.disable_jit`
         loop = _backend.backend_of(jax.default_backend()).loop
@@ -167,7 +169,7 @@ def _primitive():
 
 
 def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, Any]:
-    """A loop on each device, or one loop that the compiler can split."""
+    """Choose a loop on each device, or one loop that the compiler can split."""
     function, loop = _function(what), _backend.backend_of(platform).loop
     if _backend.program(context) == "split":
         on_devices = _backend.with_devices(context, platform)
@@ -184,10 +186,10 @@ def _choose(what: What, platform: str | None, context, tree) -> tuple[Callable, 
 
 
 def _with_whole_features(what: What, function: Callable, devices: int) -> Callable:
-    """Have the compiler gather features before the loop, and split the gradients' features after it.
-    Otherwise it would sum logits over the devices in every chunk, and scatter the kernel's gradient
-    there. It is free to lay out examples and classes."""
-    # Only the number of devices counts: no mesh axis is named.
+    """Make the compiler gather the features before the loop, and split the gradients' features after it.
+    Otherwise, in every chunk, it would sum logits over the devices and scatter the kernel's gradient.
+    The shardings of examples and classes are left to the compiler."""
+    # Only the number of devices matters, because the constraints name no mesh axis.
     mesh = Mesh(np.array(jax.devices()[:1] * devices), ("jax_sce",))
 
     def whole(arrays: dict[str, Array]) -> dict[str, Array]:
@@ -208,16 +210,16 @@ def _with_whole_features(what: What, function: Callable, devices: int) -> Callab
 
 
 def _partitioned(what: What, function: Callable, args) -> Callable:
-    """The head on each device, as hidden states and the kernel are laid out."""
+    """The head on each device, following the shardings of hidden states and kernel."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
     whole = args[0]
     results = _results(what, whole)
 
     def laid_out(make, row, hidden, kernel, gradient, gathered, classes, other):
-        """The arguments and results with `make(*axes)` in place of each array. The parameters are the
-        axes of the examples, the hidden states' features, the kernel (as argument, gradient and
-        result), the classes, and the other axis of an example: see `axes_of`."""
+        """The arguments and results with `make(*axes)` in place of each array. The parameters name the
+        axes of the examples, of the hidden states' features, of the kernel (as argument, gradient and
+        result), of the classes, and the other axis of an example (see `axes_of`)."""
         axes = axes_of(whole, row, hidden, kernel, classes, other)
         of_row = make(*row)
         of_g = (jax.tree.map(lambda _: of_row, g) for g in args[1:])
@@ -261,7 +263,7 @@ def _partitioned(what: What, function: Callable, args) -> Callable:
 
 
 def split_over(sharding: Any, rank: int) -> tuple[Axes, ...]:
-    """The mesh axes that split each axis of an array."""
+    """For each axis of an array, the mesh axes that split it."""
     spec = _backend.spec_of(sharding, rank)
     return tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
 
@@ -304,12 +306,12 @@ def layout_of(
 
     features, classes = kernel
     num_features, num_classes = inputs.kernel.shape
-    # An axis that splits both examples and classes stays with the larger: gather the smaller array.
+    # If a mesh axis splits both examples and classes, keep it for whichever are more: gather the fewer.
     if math.prod(inputs.batch) > num_classes:
         classes = tuple(a for a in classes if a not in itertools.chain(*examples))
     examples = tuple(tuple(a for a in axes if a not in classes) for axes in examples)
     split = [*itertools.chain(*examples)]
-    # Devices with the same examples would all compute the same: give each a part of the classes.
+    # Devices with the same examples would all compute the same, so give each a part of the classes.
     moved = tuple(axis for axis in features if axis not in split)
     features = features if divides(num_features, features) else ()
     if moved and features[-len(moved) :] == moved and divides(num_classes, classes, moved):
@@ -326,23 +328,23 @@ def layout_of(
 
 
 def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
-    """The same for arrays on a mesh with explicit axes."""
+    """`layout_of` for arrays on a mesh with explicit axes."""
     hidden, kernel = (_split_over(jax.typeof(x)) for x in (inputs.hidden, inputs.kernel))
     layout = layout_of(inputs, hidden[:-1], kernel, kernel[0], sizes)
-    # A kernel gathered over devices with the same examples does not vary, but JAX would not know that.
+    # A kernel gathered over devices with the same examples does not vary, but JAX does not infer that.
     features = tuple(axis for axis in layout.features if axis in layout.all_examples)
     return layout._replace(features=features)
 
 
 def spec(*axes: Any) -> Any:
-    """A partition spec, with () or None for an axis that is not split. Its type is `Any`, because it
-    replaces arrays in a tree."""
+    """A partition spec. () or None is an axis that is not split. The return type is `Any` because specs
+    replace arrays in a tree."""
     return PartitionSpec(*(x or None for x in axes))
 
 
 def specs_of(inputs: Inputs, layout: Layout) -> tuple[Any, Any]:
-    """The specs for `jax.shard_map`: of the arguments, which each device passes to `gathered`, and of
-    the results of a head's loss."""
+    """The `in_specs` and `out_specs` for `jax.shard_map` of a head's loss. Each device passes its inputs
+    to `gathered` first."""
 
     axes = axes_of(inputs, layout.examples, (), layout.kernel, layout.classes, ())
     row, options = spec(*layout.examples), inputs.options
@@ -363,7 +365,7 @@ def gathered(inputs: Inputs, layout: Layout) -> Inputs:
 
 
 def on_each_device(what: What, function: Callable, layout: Layout, whole: Inputs) -> Callable:
-    """`function(inputs, *g)` as a function of the arrays that a device holds."""
+    """`function(inputs, *g)` as a function of the local arrays of a device."""
 
     def run(inputs: Inputs, *g: Any) -> Any:
         arrays, inputs = inputs.arrays(), _narrowed(what, inputs)
@@ -377,8 +379,8 @@ def on_each_device(what: What, function: Callable, layout: Layout, whole: Inputs
 
 
 def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
-    """Leave out the padding of the last devices, whatever it holds: padded examples are not valid, and
-    padded classes do not exist."""
+    """Ignore the padding on the last devices, which may hold anything: padding among the examples
+    becomes not valid, and padding among the classes does not exist."""
     kernel, bias, labels, options = inputs.kernel, inputs.bias, inputs.labels, inputs.options
     for axis, (axes, size) in enumerate(zip(layout.examples, whole.batch, strict=True)):
         here = inputs.batch[axis]
@@ -406,8 +408,8 @@ def _without_padding(inputs: Inputs, layout: Layout, whole: Inputs) -> Inputs:
 
 
 def _total(name: str, gradient: Array, like: Array, layout: Layout) -> Array:
-    """The gradient summed over the devices. It is rounded before it is sent: 16 bits per element for a
-    16-bit array."""
+    """The gradient summed over the devices. It is first rounded to the dtype of the array, so that
+    devices send only 16 bits per element of a 16-bit array."""
     axes = () if name in OF_EXAMPLES else layout.all_examples
     if name not in _OF_CLASSES:
         axes += layout.classes

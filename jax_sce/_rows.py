@@ -1,9 +1,9 @@
 """The mathematics: the statistics of a row of logits, and every derivative that follows from them.
 
-A row is the logits of one example. A softmax cross-entropy needs only two numbers of it:
+A row is the logits of one example. A softmax cross-entropy needs only two numbers from it:
 
     max  = max_j z_j
-    tail = sum_j e^{z_j - max} - 1        summed without the one: see below
+    tail = sum_j e^{z_j - max} - 1        summed without the maximum's own 1: see below
 
 With them `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
 
@@ -11,9 +11,9 @@ With them `S = 1 + tail` is the normalizer, `log S = log1p(tail)`, and
     log-normalizer  L = max + log1p(tail)
     softmax         o_j = e^{z_j - max} / S
 
-Shapes: every array here has the rank of the logits and broadcasts to them. `[N, V]` is the logits'
-shape, with the classes on any axes; `[N, 1]` is the same with 1 on the class axes. So nothing is
-transposed, and `jax.vmap` adds one more axis in front of every array.
+Shapes: every array here has the rank of the logits and broadcasts to them. `[N, V]` stands for the
+logits' shape, with the classes on any axes; `[N, 1]` stands for the same with 1 on the class axes. So
+nothing is transposed, and batching under `jax.vmap` only adds an axis in front of every array.
 
 One pass: `(max, tail)` is a commutative monoid, and `merge` is its reduction operator: `lax.reduce` with
 it reads the logits once. It carries `(max, others)`. `others` is the sum of `e^{z_j - R}` over all
@@ -25,20 +25,20 @@ whatever the order of the classes. `whole_statistics` merges the parts of rows t
 Accuracy: `L - z_y` and `o_y - 1` cancel when the label's logit is the largest, which is the goal of
 training. Nothing here cancels:
 
-* `tail` is a sum of positive terms. The one of the maximum is left out, not added and then subtracted,
-  so a confident row with a tail of 1e-20 keeps all its digits.
-* With an integer label at distance `d = z_y - max <= 0` the loss is `log1p(tail) - d`: two terms that
-  are not negative.
-* The label's gradient `o_y - 1 = -(S - e^d) / S` computes the sum over the other classes as `tail -
-  expm1(d)`: again two terms that are not negative.
+* `tail` is a sum of positive terms. The term of the maximum, which is 1, is left out. It is not added
+  and then subtracted, so a confident row with a tail of 1e-20 keeps all its digits.
+* With an integer label at distance `d = z_y - max <= 0` the loss is `log1p(tail) - d`, a sum of two
+  terms that are not negative.
+* The label's gradient is `o_y - 1 = -(S - e^d) / S`. The sum over the other classes, `S - e^d`, is
+  computed as `tail - expm1(d)`: again two terms that are not negative.
 
-Relative error bounds, with the unit roundoff u, 2^-24 in float32, and sums in pairs or blocks:
+Relative error bounds, with the unit roundoff u (2^-24 in float32), for sums in pairs or blocks:
 
 * The loss is within 16u. For a distribution that is not one-hot, this is relative to
   `sum_j |y_j| (max - z_j) + |sum(y)| log1p(tail)`. `L` is within 2^-22 of `max(1, |L|)`.
-* An element of the gradient carries the rounding of its own distance and about six more: it is within
-  `(6 + |z_j - max|) 2^-22` in float32. If the targets are not one-hot, the element may cross zero, and
-  this is relative to `o_j |sum(y)| + |y_j|`. Rounding to 16 bits adds to it once.
+* An element of the gradient has the rounding error of its own distance and about six more: it is
+  within `(6 + |z_j - max|) 2^-22` in float32. If the targets are not one-hot, the element may cross
+  zero, and the bound is relative to `o_j |sum(y)| + |y_j|`. Rounding to 16 bits adds one more error.
 * Terms below the smallest normal number, 2^-126, may be lost. With a soft-cap, the bounds hold for the
   rounded capped logits.
 * If the same program computes the logits, `loss(x * t)`, XLA may fuse the product and skip its rounding
@@ -62,7 +62,7 @@ from . import _axis
 from ._axis import AxisName
 from ._elementary import below, exp_below, exp_difference, soft_cap, temper, weigh
 
-STATIC = {"static": True}  # metadata of a dataclass field: part of the pytree's structure
+STATIC = {"static": True}  # metadata of a dataclass field that is part of the pytree's structure
 
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
@@ -73,14 +73,15 @@ def compute_dtype(dtype: Any) -> jnp.dtype:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Logits as the caller holds them. Residuals keep these, and no computed array of that size."""
+    """The logits as the caller passed them. Residuals hold these, and no computed array of their
+    size."""
 
     logits: Array  # [N, V]
     axes: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of the classes, negative
     mask: Array | None = None  # bool, broadcasts to [N, V]: the classes to keep
     softcap: Array | None = None  # [1, 1]
     temperature: Array | None = None  # [N, 1]
-    first_class: Array | None = None  # int32, [1, 1]: the first on this device, if they are split
+    first_class: Array | None = None  # int32, [1, 1]: the first class here, if devices split them
     axis_name: AxisName = dataclasses.field(default=None, metadata=STATIC)  # mesh axis of classes
 
     @property
@@ -129,12 +130,12 @@ class Rows:
         return ids if self.first_class is None else ids + self.first_class
 
     def places(self, labels: Array) -> Array:
-        """Class ids counted from the first class on this device."""
+        """The class ids, minus the first class on this device."""
         return labels if self.first_class is None else labels - self.first_class
 
     def values(self) -> Array:
         """The logits that the loss sees, [N, V]: capped, tempered, and -inf where masked."""
-        # A masked logit may be NaN. Make it 0 first, so that no derivative meets the NaN.
+        # A masked logit may be NaN. Make it 0 first, or the NaN would enter derivatives as 0 times NaN.
         return self.masked(self.of_raw(self.masked(self.logits.astype(self.dtype), 0)))
 
     def masked(self, x: Array, fill: float = -jnp.inf) -> Array:
@@ -142,7 +143,7 @@ class Rows:
 
     @property
     def is_raw(self) -> bool:
-        """Are the values the stored logits, apart from the mask?"""
+        """Are the values the stored logits, apart from the mask and the dtype?"""
         return self.softcap is None and self.temperature is None
 
     def raw(self, x: Array) -> Array:
@@ -158,7 +159,8 @@ class Rows:
         return x if self.temperature is None else temper(x, self.temperature.astype(x.dtype))
 
     def at(self, labels: Array) -> Array:
-        """K raw logits of each row, [N, K]: -inf where masked, arbitrary if the class is not here."""
+        """The raw logits at class ids [N, K]. With a mask, -inf if the class is masked or not on this
+        device. Without one, arbitrary if it is not on this device."""
         picked = self.raw(self.pick(self.logits, labels))
         return picked if self.mask is None else jnp.where(self.has(labels), picked, -jnp.inf)
 
@@ -178,8 +180,8 @@ class Rows:
         return x.at[self._index(places)].get(mode="promise_in_bounds")
 
     def put(self, x: Array, labels: Array, new: Array) -> Array:
-        """`x` [N, V] with `new` [N, K] at class ids [N, K], all different. Classes that are not here are
-        dropped."""
+        """`x` [N, V] with `new` [N, K] at class ids [N, K], all different. Ids that are not on this
+        device are dropped."""
         places = self.places(labels)
         # JAX counts negative indices from the end: move them out of range.
         places = jnp.where(places < 0, self.num_classes - places, places)
@@ -199,12 +201,13 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """Labels as distributions, `w_c ((1 - e) y_c + e / V)`: y is one-hot at `ids`, or `dense`."""
+    """Labels as distributions, `w_c ((1 - e) y_c + e / V)`, where y is one-hot at `ids`, or `dense`, or
+    0 if both are None."""
 
     ids: Array | None  # class ids, int32, [N, 1], with -1 for a bad one
     dense: Array | None  # [N, V], floats, or integers and bools of one-hot rows
     label_smoothing: Array | None  # e, [1, 1]
-    uniform: Array  # [N, 1] or [1, 1], 1 / V, with V the classes of the row on all devices
+    uniform: Array  # [N, 1] or [1, 1]: 1 / V, where V counts the kept classes on all devices
     class_weights: Array | None  # [1, V]
 
     def values(self, rows: Rows) -> Array:
@@ -225,7 +228,8 @@ class Targets:
 
 
 class Statistics(NamedTuple):
-    """The statistics of each row, in one shape. The sum of exponentials is `(1 + tail) e^max`."""
+    """The statistics of each row, both of the same shape. The sum of exponentials is
+    `(1 + tail) e^max`."""
 
     max: Array
     tail: Array
@@ -278,7 +282,7 @@ def merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _merge_labels(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`merge`, and the maxima of further numbers."""
+    """`merge`, and the maximum of each further operand."""
     return *merge(a[:2], b[:2]), *map(jnp.maximum, a[2:], b[2:])
 
 
@@ -293,8 +297,8 @@ def _merge_targets(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, .
 
 
 def _reduce(rows: Rows, combiner: Callable, *further: tuple[Array, float]) -> list[Array]:
-    """`(max, tail)`, the reductions of `further`, and with a mask whether it keeps a class, [N, 1] each,
-    in one pass. `further` are more operands, each with its neutral element."""
+    """`(max, tail)`, the reductions of `further`, and with a mask whether the row keeps a class, [N, 1]
+    each, in one pass. `further` are more operands, each with its neutral element."""
     z = rows.values()
     operands = [(z, -jnp.inf), (jnp.zeros_like(z), 0.0), *further]
     if rows.mask is not None:
@@ -313,8 +317,8 @@ def is_minor(rows: Rows) -> bool:
 
 
 # -- the row operations -------------------------------------------------------------------------------
-# A backend may compute these instead. Labels are class ids, int32, [N, 1]. With a mask, the statistics
-# end with one more number: 1.0 for rows that keep a class, 0.0 for the others.
+# A backend may replace these. Labels are class ids, int32, [N, 1]. With a mask, the statistics end with
+# one more array: 1.0 for rows that keep a class, 0.0 for the others.
 
 
 def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
@@ -324,7 +328,7 @@ def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
         # XLA for GPU fuses at most two operands into a reduction over an axis that is not the last.
         highest, tail = _reduce(rows, _merge_labels)[:2]
         return highest, tail, value_at(rows, rows.at(labels), highest, None), *keeps_class(rows)
-    # Use raw logits, or XLA would compute the values for two readers, or write them to memory.
+    # Use raw logits: if the values had two readers, XLA would compute them twice or write them.
     z = rows.masked(rows.raw(rows.logits))
     hot = (jnp.where(rows.classes() == labels, z, -jnp.inf), -jnp.inf)
     top = () if rows.is_raw else ((z, -jnp.inf),)
@@ -334,8 +338,8 @@ def label_statistics(rows: Rows, labels: Array) -> tuple[Array, ...]:
 
 
 def value_at(rows: Rows, raw: Array, highest: Array, largest: Array | None) -> Array:
-    """The value of a raw logit: at most the maximum, and equal to it if the raw logit is the largest. A
-    compiler may round the same soft-cap differently in two places."""
+    """The value of a raw logit. A compiler may round the same soft-cap differently in two places. So cut
+    the value off at the maximum, and set it to the maximum if the raw logit is the largest."""
     value = raw
     if not rows.is_raw:
         value = jnp.where(jnp.isneginf(raw), -jnp.inf, rows.of_raw(raw))
@@ -344,7 +348,7 @@ def value_at(rows: Rows, raw: Array, highest: Array, largest: Array | None) -> A
 
 
 def label_sums(rows: Rows, labels: Array, highest: Array) -> tuple[Array, Array]:
-    """The tail, up to a constant, and the logit at the label, given the maximum."""
+    """The tail, up to an additive constant, and the logit at the label, given the maximum."""
     at_label = jnp.where(rows.classes() == labels, rows.values(), 0)
     return _sum_exponentials(rows, highest), sum_classes(rows, at_label)
 
@@ -360,7 +364,8 @@ def label_cotangent_of_values(
     rows: Rows, labels: Array, highest: Array, at_label: Array, elsewhere: Array,
     slope: Array | None, *, subtract: Callable = jnp.subtract,
 ) -> Array:  # fmt: skip
-    """The cotangent of `rows.values()`, [N, V]. Without a barrier in front, subtract by `below`."""
+    """The cotangent of `rows.values()`, [N, V]. If there is no barrier before it, `subtract` must be
+    `below`."""
     distance = subtract(rows.values(), highest)
     is_lost = (elsewhere == 0) & ~jnp.isfinite(highest)  # then `at_label` is 0, too
     of_others = affine(elsewhere, slope, distance) * jnp.exp(distance)
@@ -384,7 +389,7 @@ def target_statistics(rows: Rows, targets: Targets) -> tuple[Array, ...]:
 
 
 def target_sums(rows: Rows, targets: Targets, highest: Array) -> tuple[Array, Array, Array]:
-    """The tail, up to a constant, and the two sums, given the maximum."""
+    """The tail, up to an additive constant, and the sums of `y` and `y (z - max)`, given the maximum."""
     y, z = targets.values(rows), rows.values()
     # An absent class (-inf) whose target is 0 adds nothing, and -inf is not below -inf.
     is_nothing = jnp.isneginf(z) & ((y == 0) | jnp.isneginf(highest))
@@ -410,7 +415,7 @@ def target_cotangent_at(
     y: Array, distance: Array, tail: Array, target_sum: Array, g_loss: Array, constant: Array,
     slope: Array | None,
 ) -> Array:  # fmt: skip
-    """The same for classes with targets `y` at these distances from the maximum."""
+    """`target_cotangent_of_values`, given the targets `y` and the distances `z - max`."""
     exponentials, normalizer = jnp.exp(distance), 1 + tail
     # Near the maximum this form does not cancel:
     # o_j sum(y) - y_j = ((sum(y) - y_j) + sum(y) (e^d - 1) - y_j tail) / S
@@ -435,7 +440,7 @@ def target_costs(rows: Rows, targets: Targets, highest: Array, tail: Array, g_lo
 
 
 def costs_at(distance: Array, tail: Array, g_loss: Array) -> Array:
-    """The same for classes at these distances from the maximum."""
+    """`target_costs`, given the distances `z - max`."""
     cost = jnp.log1p(tail) - distance
     # The cost of an absent class is infinite, and 0 times that is NaN.
     unused = (g_loss == 0) & ~jnp.isfinite(cost)
@@ -445,8 +450,8 @@ def costs_at(distance: Array, tail: Array, g_loss: Array) -> Array:
 def whole_statistics(
     rows: Rows, labels: Array | Targets, axis_name: AxisName, local: Callable
 ) -> tuple[Array, ...]:
-    """The statistics of whole rows, given the function `local` for the classes on this device. Devices
-    exchange one maximum and one sum. Labels are class ids, [N, 1], or distributions."""
+    """The statistics over the classes of all devices. `local` computes those of the classes on this
+    device. The devices exchange one maximum and one sum. Labels are class ids, [N, 1], or `Targets`."""
     highest, tail, *sums = local(rows, labels)
     if axis_name is None:
         return highest, tail, *sums
@@ -457,14 +462,14 @@ def whole_statistics(
     else:  # the logit at the label
         places = rows.places(labels)
         sums[0] = jnp.where((places >= 0) & (places < rows.num_classes), sums[0], 0)
-    # If all classes here are absent, they contribute nothing: 1 + tail must be 0.
+    # If all classes on this device are absent, it contributes nothing: 1 + tail must be 0.
     tail = jnp.where(jnp.isneginf(highest), -1, tail)
     leads = highest == whole
     tail = jnp.where(leads, tail, (1 + tail) * exp_difference(highest, whole))
     crossing = jnp.stack([tail, leads.astype(tail.dtype), *sums])
     tail, leaders, *sums = _axis.total(axis_name, crossing)
-    # Each device with the maximum left out its one: add all of them but one. NaN if the maximum is
-    # infinite.
+    # Each device that holds the maximum left out a term of 1. Add these terms, except one of them. The
+    # result is NaN if the maximum is infinite.
     return whole, tail + (leaders - 1) + (whole - whole), *sums
 
 
@@ -472,13 +477,13 @@ def whole_statistics(
 
 
 def counted(counts: Array | None, x: Array, probe: Array) -> Array:
-    """`x`, but exactly 0 in rows that do not count. Finite rows are 0 already, through their weight of
-    0, whose derivative needs them. Only rows whose `probe` is not finite need masking."""
+    """`x`, but exactly 0 in rows that do not count. Where `probe` is finite, `x` is kept: a weight of 0
+    removes it already, and the derivative with respect to that weight needs it."""
     return x if counts is None else jnp.where(counts | jnp.isfinite(probe), x, 0)
 
 
 def keeps_class(rows: Rows) -> tuple[Array, ...]:
-    """With a mask, [N, 1]: 1.0 for rows that keep a class, 0.0 for others. Without, nothing."""
+    """With a mask, one array, [N, 1]: 1.0 for rows that keep a class, else 0.0. Without, none."""
     if rows.mask is None:
         return ()
     mask = jnp.broadcast_to(rows.mask, rows.logits.shape)
@@ -505,12 +510,13 @@ def cotangent_of(rows: Rows, of_values: Array) -> list[Array]:
         return dataclasses.replace(rows, logits=logits, **of_row).values()
 
     out, vjp = jax.vjp(values, rows.logits, of_row)
-    # If there are no rows, `jnp.where` of JAX 0.10 forgets over which mesh axes they vary.
+    # If there are no rows, `jnp.where` of JAX 0.10 loses the mesh axes that they vary over.
     return jax.tree.leaves(vjp(_axis.vary(of_values, _axis.varying(out))))
 
 
 def of_row(rows: Rows, cotangents: Sequence[Array]) -> list[Array | None]:
-    """`cotangent_of` without the logits: for the soft-cap, [1, 1], and the temperature, [N, 1]."""
+    """The cotangents of the soft-cap, [1, 1], and the temperature, [N, 1], from
+    `cotangent_of(...)[1:]`."""
     rest = list(cotangents)
     softcap = None if rows.softcap is None else jnp.sum(rest.pop(0), keepdims=True)
     return [softcap, None if rows.temperature is None else rest.pop(0)]
@@ -521,13 +527,13 @@ def targets_cotangent(rows: Rows, targets: Targets, of_values: Array) -> Targets
     out, vjp = jax.vjp(lambda targets: targets.values(rows), targets)
     of_values = _axis.vary(of_values, _axis.varying(out))
     sharding = jax.typeof(out).sharding
-    if sharding.mesh.explicit_axes:  # there targets may be laid out differently from the logits
+    if sharding.mesh.explicit_axes:  # targets may have another sharding than the logits
         of_values = jax.sharding.reshard(of_values, sharding)
     return vjp(of_values)[0]
 
 
 def moving(primals: tuple, dots: tuple) -> dict[int, Any]:
-    """In a JVP rule with `symbolic_zeros`: the tangents of the arguments that are differentiated, by
+    """For a JVP rule with `symbolic_zeros`: the tangents of the arguments that are differentiated, by
     position. The others are left out, because infinity times a tangent of 0 is NaN."""
     zero = jax.custom_derivatives.SymbolicZero
 
@@ -544,7 +550,7 @@ def moving(primals: tuple, dots: tuple) -> dict[int, Any]:
 
 
 def jvp_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> tuple[Any, Any]:
-    """`function(*primals)` and its tangent, given the tangents of `moving` arguments."""
+    """`function(*primals)` and its tangent, given the tangents of some arguments, by position."""
 
     def of_moving(moved):
         return function(*(moved.get(i, x) for i, x in enumerate(primals)))
@@ -559,8 +565,9 @@ def tangent_of(function: Callable, primals: tuple, moving: dict[int, Any]) -> An
 def statistics_tangents(
     sums: Callable, statistics: list[Array], primals: tuple, dots: tuple
 ) -> list[Array]:
-    """The tangents of statistics. Results computed from them would be the same with any other constant
-    in place of the maximum. So the maximum is held constant, and the tail moves with every logit."""
+    """The tangents of statistics. The results would be the same if another constant were subtracted in
+    place of the maximum. So the maximum is treated as a constant, and the tail changes with every
+    logit."""
     of_sums = tangent_of(lambda *args: sums(*args, statistics[0]), primals, moving(primals, dots))
     zeros = [jnp.zeros_like(x) for x in statistics]
     return [zeros[0], *of_sums, *zeros[1 + len(of_sums) :]]

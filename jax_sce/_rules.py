@@ -11,9 +11,9 @@ so a row's cotangent is `g_loss (o sum(y) - y) + (constant + slope d) o` with
 
 and without a slope if the entropy is not used.
 
-The derivative of a row that does not count is exactly 0, whatever its logits hold: the caller gives it a
-cotangent of 0 and replaces its values. The residuals are the arguments and a few numbers per row, here
-[N...]: XLA for CPU is slow on [N, 1]."""
+A row that does not count has a derivative of exactly 0, even if its logits are infinite or NaN: the
+caller gives it a cotangent of 0 and replaces its values. The residuals are the arguments and a few
+numbers per row. These are [N...], because XLA for CPU is slow on [N, 1]."""
 
 import abc
 import functools
@@ -35,17 +35,17 @@ class Out(NamedTuple):
 
     loss: Array
     log_normalizer: Array
-    entropy: Array | None  # if it is asked for
+    entropy: Array | None  # with `return_aux`
     target_entropy: Array | None  # for a teacher
     kept: list[Array]  # with a mask, one array: 1.0 for rows that keep a class, 0.0 for others
 
 
 class Forward(NamedTuple):
-    """The forward pass of one kind of targets, [N...]."""
+    """What the forward pass of a kind of targets returns, [N...] each."""
 
     loss: Array
     stats: Statistics
-    numbers: Any  # further residuals
+    numbers: Any  # further residuals, of this kind of targets
     counts: Array | None
     kept: list[Array]
     target_entropy: Array | None = None
@@ -80,19 +80,19 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def vjp_of_values(self, residuals: Residuals, factors: Factors) -> Array:
-        """The cotangent of `rows.values()`, [N, V], computed with `below`."""
+        """The cotangent of `rows.values()`, [N, V]. It subtracts the maximum by `below`."""
 
     def targets_jvp(
         self, residuals: Residuals, g_loss: Array, moving: dict[int, Any]
     ) -> Array | None:
-        """`g_loss` times the tangent of the loss for a tangent of the targets, `moving[1]`, [N, 1]. None
-        if the targets are constant."""
+        """`g_loss` times the tangent of the loss, [N, 1], given `moving[1]`, the tangent of the targets.
+        None if the targets are constant."""
         return None
 
 
 def statistics(operation, rows: Rows, labels: Array | Targets, counts: Array | None):
-    """`counts`, `kept` and the statistics of whole rows, [N...]. Rows that keep no class do not count:
-    their maximum, -inf, would make derivatives NaN."""
+    """`counts`, `kept`, and the statistics over the classes of all devices, [N...]. Rows that keep no
+    class do not count: their maximum, -inf, would make derivatives NaN."""
     whole = _rows.whole_statistics(rows, labels, rows.axis_name, operation)
     numbers = [x.squeeze(rows.axes) for x in whole]
     if rows.mask is None:
@@ -104,7 +104,7 @@ def statistics(operation, rows: Rows, labels: Array | Targets, counts: Array | N
 
 
 def spread(rows: Rows, highest: Array) -> Array:
-    """The sum of `e^d d` of whole rows, [N...]."""
+    """The sum of `e^d d` over the classes of all devices, [N...]."""
     (here,) = _backend.spread(rows, rows.expand(highest))
     return _axis.total(rows.axis_name, here.squeeze(rows.axes))
 
@@ -113,13 +113,14 @@ def spread(rows: Rows, highest: Array) -> Array:
 
 
 def call(program: Callable[[Any], Any], inputs: Any) -> Any:
-    """`program(inputs)`. Name our option if JAX refuses forward mode because of `jax.custom_vjp`."""
+    """`program(inputs)`. If JAX refuses forward mode because of `jax.custom_vjp`, add a note to its
+    error that names our option."""
     try:
         return program(inputs)
     except TypeError as error:
         if "custom_vjp" in str(error) and not inputs.options.forward_mode:
             error.add_note(
-                "jax_sce: for jvp, jacfwd, linearize or check_grads pass forward_mode=True"
+                "jax_sce: for jvp, jacfwd, linearize or check_grads pass forward_mode=True to the loss"
             )
         raise
 
@@ -176,9 +177,9 @@ _OF_ROWS = "jax_sce: numbers of each row"
 def rule_forward(
     kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array | None
 ) -> Out:
-    """The same rule as a JVP. Reverse mode over it saves the arguments and the row statistics, and no
-    array of the logits' size. (A `jax.checkpoint` around only the tangents cannot be transposed under
-    `jax_remat3`.)"""
+    """The same rule as a JVP. Because of the `jax.checkpoint`, reverse mode over it saves the arguments
+    and a few numbers per row, but no computed array of the logits' size. (A `jax.checkpoint` around only
+    the tangents cannot be transposed under `jax_remat3`.)"""
     return _contracted(kind, has_entropy, rows, targets, counts)
 
 
@@ -195,7 +196,7 @@ def _rule_jvp(kind, has_entropy, primals, dots):
     of_rows = jax.tree.map(functools.partial(checkpoint_name, name=_OF_ROWS), residuals[2:])
     residuals = Residuals(*residuals[:2], *of_rows)
 
-    # Leave out arguments that are not differentiated: infinity times a tangent of 0 is NaN.
+    # Leave out the arguments that are not differentiated: infinity times a tangent of 0 is NaN.
     moving = _rows.moving(primals[:2], dots[:2])
     rows, one = residuals.rows, jnp.ones_like(residuals.stats.tail)
     zero, z_dot = jnp.zeros_like(one), None
@@ -254,8 +255,8 @@ class _Ids(Kind):
 
 
 def target_factors(residuals: Residuals, factors: Factors, probe: Array) -> Factors:
-    """The factors, [N, 1] each. A row whose probe is not finite becomes NaN, even if its cotangent is 0,
-    or 0 if it does not count."""
+    """The factors, [N, 1] each. A row whose probe is not finite must get a NaN gradient, even if its
+    cotangent is 0. But if the row does not count, its gradient must be 0."""
     rows, counts, (g_loss, constant, slope) = residuals.rows, residuals.counts, factors
 
     def of_row(x: Array) -> Array:

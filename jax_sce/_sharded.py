@@ -31,21 +31,23 @@ def shard(
     loss: Loss, mesh: Mesh | AbstractMesh | None = None, *, batch: AxisName = "data",
     classes: AxisName = None,
 ) -> Loss:  # fmt: skip
-    """Make a loss work on global arrays that a mesh of devices shares.
+    """Make a loss work on global arrays, sharded over a mesh of devices.
 
-    The examples are split over `batch`, the classes over `classes`. Devices of
-    `classes` exchange only a few numbers per row. A kernel whose features are
-    split over `batch` (FSDP) is gathered once, before the chunks, and its
-    gradient is reduced once, after them. "sum" and "mean" are over the whole
-    batch, and "mean" divides by the weight of the whole batch.
+    The examples are split over the mesh axis `batch`, the classes over
+    `classes`. The devices along `classes` exchange only a few numbers per row.
+    A kernel whose features are split over `batch` (FSDP) is gathered once,
+    before the loop over the chunks, and its gradient is reduced once, after the
+    loop. "sum" and "mean" are over the whole batch, and "mean" divides by the
+    total weight of the whole batch.
 
     Under `jax.jit`, `linear_softmax_cross_entropy` does the same without
-    `shard`, and follows the layout of its arguments; `shard` fixes the layout.
+    `shard`. It follows the shardings of its arguments, while `shard` fixes
+    them.
 
     Args:
       loss: `softmax_cross_entropy`, `softmax_cross_entropy_with_integer_labels`
         or `linear_softmax_cross_entropy`.
-      mesh: The mesh, with all axes automatic or all explicit. None means the
+      mesh: The mesh. Its axes are all Auto or all Explicit. None means the
         mesh of `jax.set_mesh`.
       batch: The mesh axis, or a tuple of axes, over which the first axis of the
         examples is split. None means that it is not split.
@@ -59,9 +61,10 @@ def shard(
 
     Raises:
       TypeError, ValueError: `loss` is not one of the three; the mesh lacks an
-        axis, or has axes of both types; or examples or classes do not divide
-        evenly over the devices. Pad a head with columns whose `bias` is -inf:
-        those are absent classes. Pad logits with classes that `where` masks.
+        axis, or has both Auto and Explicit axes; or the examples or classes do
+        not divide evenly over the devices. If so, pad a head with columns whose
+        `bias` is -inf, which marks absent classes, or pad logits with classes
+        that `where` masks.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,11 +80,13 @@ def shard(
 
     References:
       Shoeybi et al. (2019), "Megatron-LM", arXiv:1909.08053, section 3, for a
-      cross-entropy whose devices exchange only sums over the classes.
+      cross-entropy in which devices exchange only sums over the classes.
     """
     if not callable(loss) or loss not in _LOSSES:
         known = ", ".join(function.__name__ for function in _LOSSES)
-        raise ValueError(f"loss must be one of {known} (options go to the call), got {loss!r}")
+        raise ValueError(
+            f"loss must be one of {known} (pass options when you call the result), got {loss!r}"
+        )
     if not isinstance(mesh, Mesh | AbstractMesh | None):
         raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {mesh!r}")
     inputs, plan, signature = *_LOSSES[loss], inspect.signature(loss)
@@ -89,14 +94,16 @@ def shard(
     of_classes = _arguments.mesh_axes("classes", classes)
     used = of_batch + of_classes
     if len(set(used)) < len(used):
-        raise ValueError(f"batch and classes must name an axis once, got {batch!r} and {classes!r}")
+        raise ValueError(
+            f"batch and classes must not name an axis twice, got {batch!r} and {classes!r}"
+        )
 
     @functools.wraps(loss)
     def sharded(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["axis_name"] is not None:
-            raise ValueError("axis_name must be None: pass classes to `shard` instead")
+            raise ValueError("axis_name must be None; to split the classes, pass classes to shard")
         on = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         if on.empty:
             raise ValueError("mesh must be given, or set by jax.set_mesh")
@@ -107,10 +114,11 @@ def shard(
                 )
         if manual := sorted(set(used) & set(on.manual_axes)):
             raise ValueError(
-                f"mesh must not be manual over {manual[0]!r}: inside jax.shard_map, give axis_name"
+                f"mesh must not be manual over {manual[0]!r}; inside jax.shard_map, call the loss with "
+                "axis_name"
             )
         if on.explicit_axes and len(on.explicit_axes) < len(on.axis_names):
-            raise ValueError(f"mesh must have axes of one type, got {on.axis_types}")
+            raise ValueError(f"mesh must have only Auto or only Explicit axes, got {on.axis_types}")
         if any(
             jnp.size(x) == 0 for x in jax.tree.leaves(bound.arguments["labels"])
         ):  # XLA cannot compile a program without operands
@@ -159,8 +167,10 @@ class _Split(NamedTuple):
     def check_divides(self, name: str, size: int, axes: tuple[str, ...]) -> None:
         n = math.prod(self.mesh.shape[axis] for axis in axes)
         if size % n:
-            over = f"over the {n} devices of {', '.join(axes)}"
-            raise ValueError(f"{name} must divide evenly {over}, got {size}")
+            along = ", ".join(axes)
+            raise ValueError(
+                f"{name} must be a multiple of the {n} devices along {along}, got {size}"
+            )
 
 
 def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
@@ -169,8 +179,8 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
     of_axis = {axes[0]: split.classes}
     if of_rows:
         of_axis[of_rows[0]] = split.batch
-        split.check_divides("the first axis of the examples", shape[of_rows[0]], split.batch)
-    name = "the classes" if len(axes) == 1 else "the first class axis"
+        split.check_divides("the size of the first batch axis", shape[of_rows[0]], split.batch)
+    name = "the number of classes" if len(axes) == 1 else "the size of the first class axis"
     split.check_divides(name, shape[axes[0]], split.classes)
 
     def spec(x: Array) -> Any:
@@ -203,8 +213,8 @@ def _plan_logits(split: _Split, inputs: _cross_entropy.Inputs) -> _Program:
 def _plan_head(split: _Split, inputs: _head.Inputs) -> _Program:
     rank = len(inputs.batch)
     if rank:
-        split.check_divides("the first axis of the examples", inputs.batch[0], split.batch)
-    split.check_divides("the classes", inputs.kernel.shape[1], split.classes)
+        split.check_divides("the size of the first batch axis", inputs.batch[0], split.batch)
+    split.check_divides("the number of classes", inputs.kernel.shape[1], split.classes)
     examples = (split.batch, *[()] * (rank - 1))[:rank]
     features = _gathered(inputs.kernel, split.batch if rank else ())
     layout = Layout(examples, split.classes, features)

@@ -1,8 +1,8 @@
 """Targets on K classes of each row: the loss and derivatives of `jax_sce.Sparse`.
 
-The loss needs the same statistics of a row as class ids or smoothing do, and the K logits, which are
-gathered. For the cotangent, the row operation writes the elements without a target, then K elements are
-overwritten. Targets as an array of the logits' size never exist."""
+The loss needs the same row statistics as class ids or smoothing, and the K logits, which are gathered.
+For the cotangent, the row operation computes all elements as if none had a target. Then K of them are
+overwritten. There is never an array of targets of the logits' size."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,15 +21,15 @@ from ._rules import Factors, Forward, Kind, Residuals, costs, statistics, target
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseTargets:
-    ids: Array  # int32, [N, K]: classes, with -1 for a bad one and V for an empty place
+    ids: Array  # int32, [N, K]: classes, with -1 for a bad id and V for padding
     values: Array  # [N, K], the targets of these classes
-    uniform: Targets | None  # what smoothing adds to every class
+    uniform: Targets | None  # the targets that smoothing adds to every class
 
 
 class _Numbers(NamedTuple):
     """Residuals besides the statistics."""
 
-    target_sum: Array  # [N...], of all targets of a row
+    target_sum: Array  # [N...], the sum of all targets of a row
     here: Array  # bool, [N, K]: is the class on this device, and not masked?
     mass: Array  # [N, K], the targets, 0 for classes that are not here
     distance: Array  # [N, K], `z - max`
@@ -72,7 +72,8 @@ class _Sparse(Kind):
         (of_logits, *_) = _rows.cotangent_of(own, of_values)
         put = _backend.laid_out(rows, Rows.put, lambda of_logits, _: of_logits)
         logits = put(rows, of_rows.logits, once, of_logits)
-        # Soft-cap and temperature: in their cotangents, targets only subtract their mass.
+        # The row operation computed the cotangents of soft-cap and temperature as if no class had a
+        # target. A target adds `-g_loss * mass` times the derivative of its logit.
         g_mass = jnp.where(of_row.g_loss == 0, 0, -of_row.g_loss * numbers.mass)
         (_, *taken) = _rows.cotangent_of(own, g_mass)
         softcap, temperature = _rows.of_row(own, taken)
@@ -114,7 +115,7 @@ def _no_labels(rows: Rows) -> Array:
 
 
 def _factors(residuals: Residuals, factors: Factors) -> Factors:
-    """[N, 1]."""
+    """`target_factors` for these targets, [N, 1] each."""
     return target_factors(residuals, factors, residuals.stats.tail + residuals.numbers.target_sum)
 
 
@@ -122,7 +123,8 @@ def _elsewhere(
     residuals: Residuals, factors: Factors, label_cotangent: Callable, target_cotangent: Callable,
     **how: Callable,
 ) -> Any:  # fmt: skip
-    """The cotangent of classes without a target (but with smoothing), by one of the two functions."""
+    """The cotangent of all classes as if none had a target of its own. With smoothing `target_cotangent`
+    computes it, otherwise `label_cotangent`."""
     rows, uniform = residuals.rows, residuals.targets.uniform
     highest, tail, target_sum = map(rows.expand, (*residuals.stats, residuals.numbers.target_sum))
     if uniform is not None:
@@ -130,7 +132,7 @@ def _elsewhere(
     g_loss, constant, slope = factors
 
     def over_sum(x: Array) -> Array:
-        """Keep 0 as it is: a row that does not count is 0, whatever its logits hold."""
+        """`x / (1 + tail)`, but 0 stays 0: a row that does not count is 0 even if its tail is NaN."""
         return jnp.where(x == 0, 0, x / (1 + tail))
 
     of_softmax = jnp.where(g_loss == 0, 0, g_loss * target_sum) + constant
@@ -140,7 +142,7 @@ def _elsewhere(
 
 
 def _merged(ids: Array, mass: Array) -> tuple[Array, Array]:
-    """For the classes, [N..., K]: is this the first occurrence of its class, and the total mass of the
+    """For each id, [N..., K]: whether it is the first occurrence of its class, and the total mass of the
     class. At most 4096 pairs per example are compared at a time."""
     count = ids.shape[-1]
     width = min(max(4096 // count, 1), count)
@@ -163,8 +165,8 @@ def _merged(ids: Array, mass: Array) -> tuple[Array, Array]:
 
 
 def _at(residuals: Residuals, factors: Factors) -> tuple[Array, Array]:
-    """The classes, [N, K], each once, and the cotangents of their values, [N, K]. Repeated classes and
-    classes that are not here get distinct ids after the last class."""
+    """The classes, [N, K], each once, and the cotangents of their values, [N, K]. Repetitions, and
+    classes that are masked or not on this device, get distinct ids after the last class."""
     rows, targets, _, stats, numbers, _ = residuals
     ids, here, mass = map(rows.squeeze_last, (targets.ids, numbers.here, numbers.mass))
     is_first, total = _merged(ids, mass)
@@ -178,7 +180,7 @@ def _at(residuals: Residuals, factors: Factors) -> tuple[Array, Array]:
 
 
 def _uniform_at(rows: Rows, ids: Array, uniform: Targets) -> Array:
-    """What smoothing adds to these classes, [N, K]."""
+    """The targets that smoothing adds to these classes, [N, K]."""
     share = uniform.label_smoothing * uniform.uniform  # type: ignore[operator]
     if uniform.class_weights is None:
         return share

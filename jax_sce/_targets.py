@@ -16,20 +16,21 @@ class Sparse:
     """Labels: a distribution with mass on K classes of each example.
 
     Pass it as `labels` to `softmax_cross_entropy` or
-    `linear_softmax_cross_entropy`, e.g. for a teacher's top-k or a mix-up of
-    two labels. It means the distribution with `values` at the classes `ids` and
-    0 elsewhere; that array is never made.
+    `linear_softmax_cross_entropy`, e.g. for a teacher's top-k or a mix-up
+    of two labels. It stands for the distribution with `values` at the
+    classes `ids` and 0 elsewhere. That array, [N..., V], is never stored.
 
     Args:
-      ids: [N..., K], classes in [0, V), of any integer dtype. The values of a
-        class that occurs twice add up. A negative id is an empty place
-        (unsigned ids have none).
-      values: [N..., K], the targets of these classes. They need not sum to one.
-        They get a gradient.
+      ids: [N..., K], classes in [0, V), of any integer dtype. If a class
+        occurs twice, its values add up. A negative id is padding: its value
+        is ignored.
+      values: [N..., K], the targets of these classes. They need not sum to
+        one. They are differentiable.
 
     Raises:
-      TypeError, ValueError: From the loss, for wrong types or shapes. An id of
-        V or more makes the loss of its example NaN, as a bad label does.
+      TypeError, ValueError: The loss raises it for wrong types or shapes.
+        An id of V or more is not an error: the loss of its example is NaN,
+        as for a bad label.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,24 +52,26 @@ class Teacher:
 
     Pass it as `labels` to `linear_softmax_cross_entropy`. The logits of the
     teacher, `hidden @ kernel + bias` with its soft-cap and temperature, are
-    computed chunk by chunk like the student's, and neither is stored. A teacher
-    is a constant: its arrays get no gradient.
+    computed chunk by chunk like the student's, and neither is stored. A
+    teacher is a constant: its arrays get no gradient.
 
     Args:
       hidden: [N..., T]; T may differ from the student's D.
       kernel: [T, V].
       bias: [V].
-      temperature: Positive; a number or [N...]. It divides the teacher's
-        logits; the student's are divided by the loss's argument.
+      temperature: A positive number, or one for each example, [N...]. It
+        divides the teacher's logits. The `temperature` of the loss divides
+        the student's.
       softcap: A positive number.
-      divergence: Compute the Kullback-Leibler divergence from the teacher to
-        the student: the cross-entropy minus the teacher's entropy, with the
-        same gradient. Subtracting the two yourself cancels where teacher and
-        student nearly agree; this is accurate relative to its own size.
+      divergence: Compute the Kullback-Leibler divergence from the teacher
+        to the student: the cross-entropy minus the teacher's entropy, with
+        the same gradient. It is accurate relative to its own size. If you
+        subtract the two yourself, the digits cancel where teacher and
+        student nearly agree.
 
     Raises:
-      TypeError, ValueError: From the loss, for wrong types, shapes or ranges,
-        or together with `label_smoothing` or `class_weights`.
+      TypeError, ValueError: The loss raises it for wrong types, shapes or
+        ranges, and if `label_smoothing` or `class_weights` are given, too.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Targets that are the softmax of other rows: the loss and derivatives of `jax_sce.Teacher`."""
+"""The loss and derivatives for `jax_sce.Teacher`: the targets are the softmax of other rows."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class TeacherRows(NamedTuple):
 
 
 class _Teacher(Kind):
-    """`targets` are the teacher's `Rows`, a constant."""
+    """`targets` are the `Rows` of the teacher, which are constants."""
 
     def __init__(self, divergence: bool):
         self.divergence = divergence

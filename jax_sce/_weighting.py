@@ -1,6 +1,6 @@
-"""Class weights, z-loss, example weights and the reduction, from the loss and log-normalizer of each
-row. Numbers that must not count are set to 0 before any arithmetic: 0 times NaN is NaN, in derivatives
-too."""
+"""Apply class weights, z-loss, example weights and the reduction to the loss and log-normalizer of each
+row. Losses that must not count are set to 0 before any arithmetic, because 0 times NaN is NaN, in
+derivatives too."""
 
 from typing import NamedTuple
 
@@ -23,16 +23,16 @@ def only(mask: Array | None, x: Array, other: float = 0) -> Array:
 class Losses(NamedTuple):
     """The results for each example, [N...]."""
 
-    loss: Array  # weighted; 0 if it does not count
-    log_normalizer: Array  # 0 if it does not count
-    entropy: Array | None  # if it is asked for
+    loss: Array  # weighted; 0 if the example does not count
+    log_normalizer: Array  # 0 if the example does not count
+    entropy: Array | None  # with `return_aux`
     target_entropy: Array | None  # for a teacher
-    valid: Array | None  # bool: the examples that count, unless their weight is 0; None for all
+    valid: Array | None  # bool: see `Options.valid`; None for all
 
 
 def weighted(options: Options, out: Out, class_weight: Array | None) -> Losses:
-    """Apply class weights, z-loss and example weights, all [N...]. Where a loss has weight 0 and is
-    finite it is multiplied by 0, not replaced: it is the derivative by that weight."""
+    """Apply class weights, z-loss and example weights, all [N...]. A finite loss of weight 0 is
+    multiplied by 0, not replaced by 0, because it is the derivative with respect to that weight."""
     kept, loss, log_normalizer = options.valid, out.loss, out.log_normalizer
     if options.weights is not None:
         of_class = loss if class_weight is None else times(class_weight, loss)
@@ -53,7 +53,8 @@ def weighted(options: Options, out: Out, class_weight: Array | None) -> Losses:
 
 
 def excuse(labels: Array, options: Options) -> tuple[Array, Options]:
-    """Make a bad class id, -1, harmless where its example does not count."""
+    """Replace a bad class id, -1, by 0 where its example does not count. Such an example of weight 0 is
+    made invalid."""
     if options.weights is not None:
         options = options.where(~((labels < 0) & (options.weights == 0)))
     return only(options.valid, labels), options
@@ -78,8 +79,8 @@ def example_weights(options: Options, like: Array) -> Array:
 
 
 def mean_weights(options: Options, labels: Array | None, like: Array) -> Array | int:
-    """The weights, [N...], whose sum a mean divides by; or the number of examples, if all are 1. Labels
-    are class ids, or None for distributions."""
+    """The weights, [N...]: a mean divides by their sum. If all are 1, the number of examples instead.
+    `labels` are class ids, or None for other labels."""
     class_weights = None if labels is None else options.class_weights
     if options.weights is None and options.valid is None and class_weights is None:
         return like.size

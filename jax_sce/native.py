@@ -1,9 +1,9 @@
-"""The native CPU kernel: is it in use, and if not, why?
+"""The native CPU kernel: whether it is in use, and if not, why.
 
     python -c "from jax_sce import native; print(native.status())"
 
-Installing the package compiles the kernel, if there is a C++ compiler. The
-losses are the same without it, within the same error bounds, but slower.
+If there is a C++ compiler, installing the package compiles the kernel.
+Without the kernel the losses have the same error bounds, but are slower.
 
 The environment variable `JAX_SCE_NATIVE` is read when the first loss is
 traced:
@@ -13,13 +13,13 @@ traced:
     baseline, x86_64_v3 or x86_64_v4
                   the kernel for that instruction set
 
-A processor never gets a kernel with instructions that it lacks.
+A kernel that uses instructions that the processor lacks is never chosen.
 
-A library that cannot be loaded, is not ours, or was built for a newer
-jaxlib is not used, and `status()` says why. A truncated file (cut after its
-first page) crashes the process when it is loaded, as any shared library
-does: reinstall. An editable installation keeps the library that it built:
-after a change of the C++ sources, build again.
+The library is not used if it cannot be loaded, is not this package's, or
+was built for a newer jaxlib; `status()` says why. Loading a truncated file
+(cut after its first page) crashes the process, as with any shared library:
+reinstall. An editable installation keeps the library that it built: if you
+change the C++ sources, build again.
 """
 
 import ctypes
@@ -40,7 +40,8 @@ TARGETS = (
 
 
 class Status(NamedTuple):
-    """Is there a native kernel? `detail` is its instruction set, or why not."""
+    """Whether the native kernel is available. `detail` is its instruction set,
+    or the reason why not."""
 
     available: bool
     detail: str
@@ -102,13 +103,13 @@ def _load(library: ctypes.CDLL, choice: str) -> Status:
         handler = jax.ffi.pycapsule(getattr(library, f"jax_sce_{target}"))
         try:
             jax.ffi.register_ffi_target(f"jax_sce.{target}", handler, platform="cpu")
-        except Exception as error:  # XLA's error types are not public
+        except Exception as error:  # XLA raises a type of error that is not public
             return Status(False, f"XLA refuses it: {error}")
     return Status(True, level.decode())
 
 
 def _ffi_version() -> tuple[int, int] | None:
-    """The version of XLA's FFI in the installed jaxlib. Only a header that it ships tells."""
+    """The version of XLA's FFI in the installed jaxlib, or None. Only a header that it ships says it."""
     header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
     if not header.exists():
         return None

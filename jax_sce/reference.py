@@ -1,13 +1,13 @@
 """The specification: the losses as naive formulas, without a derivative rule.
 
-They are slow, and so short that you can see that they are right. In float64
-and for finite logits, the tests of this library compare with them; in
-float32 their last digits are wrong where those of the real losses are not.
+They are slow, but short enough to check by reading. The tests of this
+library compare the losses with them, in float64 and for finite logits. In
+float32 their last digits are wrong where those of the losses are right.
 `jax.grad` differentiates them.
 
-Both functions take `[N..., V]` logits with the classes on the last axis,
-class masks of that shape, and the options of the functions of the same name
-in `jax_sce`.
+Both functions take logits [N..., V] with the classes on the last axis.
+`where` is a mask of classes, [N..., V]. The other options are those of the
+functions of the same name in `jax_sce`.
 
 Example:
   >>> import jax.numpy as jnp
@@ -38,7 +38,9 @@ def softmax_cross_entropy(
     weights: ArrayLike | None = None, z_loss: ArrayLike = 0.0, softcap: ArrayLike | None = None,
     temperature: ArrayLike | None = None, reduction: Reduction = "none",
 ) -> Array:  # fmt: skip
-    """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)` for distributions.
+    """`weights * (sum_c w_c y'_c (-log o_c) + z_loss L^2)`, [N...] or a scalar.
+
+    Labels are distributions, [N..., V].
 
     Raises:
       ValueError: The shapes do not broadcast.
@@ -65,7 +67,7 @@ def softmax_cross_entropy_with_integer_labels(
     softcap: ArrayLike | None = None,
     temperature: ArrayLike | None = None, reduction: Reduction = "none",
 ) -> Array:  # fmt: skip
-    """The same for class ids, [N...]: `y_c = [c = label]`.
+    """`softmax_cross_entropy` for class ids, [N...], with `y_c = [c = label]`.
 
     Raises:
       ValueError: The shapes do not broadcast.

@@ -84,7 +84,7 @@ def test_floats_that_are_not_computed_are_refused_by_name(dtype):
     logits, ids = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
     odd = {"logits": logits, "hidden": logits, "kernel": logits.T, "bias": logits[:, 0]}
     odd = {name: x.astype(dtype) for name, x in odd.items()}
-    message = "must have a dtype among float16, bfloat16, float32, float64, got " + dtype
+    message = "must have dtype float16, bfloat16, float32 or float64, got " + dtype
     with pytest.raises(TypeError, match="logits " + message):
         INTEGER(odd["logits"], ids)
     with pytest.raises(TypeError, match="logits " + message):
@@ -112,7 +112,8 @@ def test_floats_that_are_not_computed_are_refused_by_name(dtype):
 def test_under_strict_promotion_a_product_of_two_dtypes_is_refused_by_name():
     hidden, kernel = jnp.ones((2, 3), jnp.bfloat16), np.ones((3, 6), np.float32)
     of_two = (
-        "kernel must have the dtype of {}hidden, bfloat16, under strict promotion{}, got float32"
+        "kernel must have the dtype of {}hidden, bfloat16, under strict dtype promotion{}, "
+        "got float32"
     )
     with pytest.raises(TypeError, match="^" + of_two.format("", ", unless dtype is given")):
         HEAD(hidden, kernel, [0, 1])

@@ -22,7 +22,7 @@ IN_BOTH = {
     "float8 logits": (
         {"logits": LOGITS.astype(jnp.float8_e4m3fn)},
         TypeError,
-        "logits.*float16, bfloat16, float32, float64, got float8_e4m3fn",
+        "logits.*float16, bfloat16, float32 or float64, got float8_e4m3fn",
     ),
     "float8 weights": (
         {"weights": np.ones(N, jnp.float8_e5m2)},
@@ -47,7 +47,7 @@ IN_BOTH = {
     "scalar logits": ({"logits": 1.0, "labels": 0}, ValueError, r"axis.*rank 0"),
     "axis too large": ({"axis": 2}, ValueError, r"axis.*\[-2, 2\).*2"),
     "axis too small": ({"axis": -3}, ValueError, r"axis.*\[-2, 2\).*-3"),
-    "axis twice": ({"axis": (1, -1)}, ValueError, r"axis.*once.*\(1, -1\)"),
+    "axis twice": ({"axis": (1, -1)}, ValueError, r"axis.*none twice.*\(1, -1\)"),
     "axis empty": ({"axis": ()}, ValueError, r"axis.*at least one.*\(\)"),
     "axis a float": ({"axis": 1.0}, TypeError, "axis.*int.*1.0"),
     "axis a str": ({"axis": "classes"}, TypeError, "axis.*int.*classes"),
@@ -72,7 +72,7 @@ IN_BOTH = {
     "where of the logits' rank and another shape": (
         {"where": np.ones((V, N), bool)},
         ValueError,
-        r"where.*\(4, 6\), got \(6, 4\)",
+        r"where.*\(4, 6\).*got \(6, 4\)",
     ),
     "weights of another shape": (
         {"weights": np.ones(V)},
@@ -84,7 +84,11 @@ IN_BOTH = {
         ValueError,
         r"weights.*\(4,\).*\(1, 4\)",
     ),
-    "complex weights": ({"weights": np.ones(N) * 1j}, TypeError, "weights.*real.*complex"),
+    "complex weights": (
+        {"weights": np.ones(N) * 1j},
+        TypeError,
+        "weights.*floating-point, integer or bool.*complex",
+    ),
     "class_weights of another shape": (
         {"class_weights": np.ones(N)},
         ValueError,
@@ -130,14 +134,14 @@ INTEGER_ONLY = {
     "float labels": (
         {"labels": IDS.astype(np.float32)},
         TypeError,
-        "labels.*integer.*float32; softmax_cross_entropy takes distributions",
+        "labels.*integer.*float32; for distributions use softmax_cross_entropy",
     ),
     "bool labels": ({"labels": IDS > 0}, TypeError, "labels.*integer.*bool"),
-    "float one-hot labels": ({"labels": FLOATS}, TypeError, "float32; softmax_cross_entropy takes"),
+    "float one-hot labels": ({"labels": FLOATS}, TypeError, "float32; for distributions use"),
     "one-hot labels": (
         {"labels": FLOATS.astype(int)},
         ValueError,
-        r"labels.*\(4,\), got \(4, 6\); softmax_cross_entropy takes distributions",
+        r"labels.*\(4,\), got \(4, 6\); for distributions use softmax_cross_entropy",
     ),
     "labels to broadcast": ({"labels": 0}, ValueError, r"labels.*\(4,\), got \(\)$"),
     "ignore_index a float": ({"ignore_index": 1.0}, TypeError, "ignore_index.*integer.*1.0"),
@@ -152,10 +156,14 @@ DENSE_ONLY = {
     "class ids": (
         {"labels": IDS},
         ValueError,
-        r"labels.*\(4, 6\), got \(4,\); softmax_cross_entropy_with_integer_labels takes class ids",
+        r"labels.*\(4, 6\), got \(4,\); for class ids use softmax_cross_entropy_with_integer_labels",
     ),
     "labels to broadcast": ({"labels": FLOATS[:1]}, ValueError, r"labels.*\(4, 6\), got \(1, 6\)$"),
-    "complex labels": ({"labels": FLOATS * 1j}, TypeError, "labels.*real.*complex"),
+    "complex labels": (
+        {"labels": FLOATS * 1j},
+        TypeError,
+        "labels.*floating-point, integer or bool.*complex",
+    ),
 }
 CASES = [
     pytest.param(kind, *case, id=f"{kind}-{name}")

@@ -1188,7 +1188,7 @@ ERRORS = {
     "too few labels": (
         {"labels": np.zeros(3, int)},
         ValueError,
-        r"labels must have shape \(4,\), class ids, or \(4, 5\), distributions, got \(3,\)",
+        r"labels must have shape \(4,\) \(class ids\) or \(4, 5\) \(distributions\), got \(3,\)",
     ),
     "one label": ({"labels": 0}, ValueError, r"labels.*got \(\)"),
     "float labels": (
@@ -1210,11 +1210,11 @@ ERRORS = {
     "ignore_index of distributions": (
         {"labels": FLOATS, "ignore_index": 0},
         ValueError,
-        "ignore_index must be None for labels that are not class ids",
+        "ignore_index must be None unless labels are class ids",
     ),
     "ignore_index a float": ({"ignore_index": 1.0}, TypeError, "ignore_index.*integer.*1.0"),
-    "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be above 0, got 0"),
-    "chunk_size below 0": ({"chunk_size": -3}, ValueError, "chunk_size must be above 0, got -3"),
+    "chunk_size 0": ({"chunk_size": 0}, ValueError, "chunk_size must be positive, got 0"),
+    "chunk_size below 0": ({"chunk_size": -3}, ValueError, "chunk_size must be positive, got -3"),
     "chunk_size a float": (
         {"chunk_size": 1.5},
         TypeError,
@@ -1222,8 +1222,12 @@ ERRORS = {
     ),
     "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction.*none.*sum.*mean.*avg"),
     "weights of a class each": ({"weights": np.ones(5)}, ValueError, r"weights.*\(4,\).*\(5,\)"),
-    "a dtype of integers": ({"dtype": "int8"}, TypeError, "dtype must be among .*, got int8"),
-    "a dtype that is none": ({"dtype": 3.0}, TypeError, "dtype must be a floating dtype.*3.0"),
+    "a dtype of integers": ({"dtype": "int8"}, TypeError, "dtype must be float16, .*, got int8"),
+    "a dtype that is none": (
+        {"dtype": 3.0},
+        TypeError,
+        "dtype must be a floating-point dtype.*3.0",
+    ),
     "precision": ({"precision": "most"}, TypeError, "precision must be .*, got 'most'"),
     "class_weights": ({"class_weights": np.ones(4)}, ValueError, r"class_weights.*\(5,\).*\(4,\)"),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap.*0.*0.0"),

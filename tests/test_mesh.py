@@ -290,23 +290,23 @@ def test_a_bad_label_and_a_bad_row_are_loud_on_all_devices():
         (lambda m: shard(INTEGER, "data"), TypeError, "mesh must be a jax.sharding.Mesh or None, got"),
         (lambda m: shard(INTEGER, m, batch=3), TypeError, "batch must be a mesh axis"),
         (lambda m: shard(INTEGER, m, classes="data"), ValueError,
-         "batch and classes must name an axis once, got 'data' and 'data'"),
+         "batch and classes must not name an axis twice, got 'data' and 'data'"),
         (lambda m: shard(INTEGER, two_types())(logits(), labels("integer")), ValueError,
-         r"mesh must have axes of one type, got \(Auto, Explicit\)"),
+         r"mesh must have only Auto or only Explicit axes, got \(Auto, Explicit\)"),
         (lambda m: jax.shard_map(shard(INTEGER), mesh=m, in_specs=P("data"), out_specs=P("data"))(
             logits(), labels("integer")), ValueError, "mesh must not be manual over 'data'"),
         (lambda m: shard(INTEGER, m, batch="dat")(logits(), labels("integer")), ValueError,
          r"batch must name axes of the mesh, \('data', 'model'\), got 'dat'"),
         (lambda m: shard(INTEGER)(logits(), labels("integer")), ValueError, "mesh must be given"),
         (lambda m: shard(INTEGER, m)(logits()[:7], labels("integer")[:7]), ValueError,
-         "the first axis of the examples must divide evenly over the 2 devices of data, got 7"),
+         "the size of the first batch axis must be a multiple of the 2 devices along data, got 7"),
         (lambda m: shard(INTEGER, m, classes="model")(logits()[:, :14], labels("integer")),
-         ValueError, "the classes must divide evenly over the 4 devices of model, got 14"),
+         ValueError, "the number of classes must be a multiple of the 4 devices along model, got 14"),
         (lambda m: shard(INTEGER, m)(np.zeros((3, 8, V)), np.zeros((3, 8), int)), ValueError,
-         "the first axis of the examples must divide evenly over the 2 devices of data, got 3"),
+         "the size of the first batch axis must be a multiple of the 2 devices along data, got 3"),
         (lambda m: shard(INTEGER, m, classes="model")(
             np.zeros((8, 3, 4)), np.zeros(8, int), axis=(1, 2)), ValueError,
-         "the first class axis must divide evenly over the 4 devices of model, got 3"),
+         "the size of the first class axis must be a multiple of the 4 devices along model, got 3"),
         (lambda m: shard(INTEGER, m)(logits(), labels("integer"), axis_name="model"), ValueError,
          "axis_name must be None"),
         (lambda m: shard(INTEGER, m)(logits(), logits()), TypeError, "labels must have an integer"),
@@ -478,7 +478,7 @@ def test_a_gradient_that_is_taken_inside(check_vma, times):
 
 
 def test_an_axis_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="axis_name must name an axis of the mesh inside"):
+    with pytest.raises(ValueError, match="axis_name must name a mesh axis of the enclosing"):
         INTEGER(logits(), labels("integer"), axis_name="model")
     with pytest.raises(TypeError, match="axis_name must be a mesh axis"):
         INTEGER(logits(), labels("integer"), axis_name=0)
@@ -518,7 +518,7 @@ def test_classes_that_are_not_split_over_axis_name_are_named(kind):
         return lambda x: loss(x * jax.lax.axis_index("model").astype(x.dtype))
 
     split, both = P(None, "model"), ("data", "model")
-    same = "of axis_name, got the same on all its devices"
+    same = r"\(see axis_name\), got the same array on all its devices"
     for of_loss in (lambda loss: loss, differentiated, mapped):
         with pytest.raises(ValueError, match=f"{name} must be split .* 'model' {same}"):
             trace("2x4", P(), "model", of_loss)

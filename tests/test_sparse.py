@@ -306,9 +306,13 @@ def test_over_devices(loss, axis_type):
 @pytest.mark.parametrize(
     ("ids", "values", "says"),
     [
-        (IDS[:, 0], VALUES, r"labels.ids must have shape \(12, K\), K at least 1, got \(12,\)"),
-        (IDS[:5], VALUES[:5], r"labels.ids must have shape \(12, K\), K at least 1, got \(5, 5\)"),
-        (IDS[:, :0], VALUES[:, :0], r"labels.ids must have shape \(12, K\), K at least 1, got"),
+        (IDS[:, 0], VALUES, r"labels.ids must have shape \(12, K\) with K at least 1, got \(12,\)"),
+        (
+            IDS[:5],
+            VALUES[:5],
+            r"labels.ids must have shape \(12, K\) with K at least 1, got \(5, 5\)",
+        ),
+        (IDS[:, :0], VALUES[:, :0], r"labels.ids must have shape \(12, K\) with K at least 1, got"),
         (IDS, VALUES[:, :2], r"labels.values must have shape \(12, 5\), got \(12, 2\)"),
         (VALUES, VALUES, "labels.ids must have an integer dtype, got float32"),
         (IDS, "abc", "labels.values must be an array, got 'abc'"),
@@ -321,12 +325,14 @@ def test_what_cannot_be_right_raises(ids, values, says):
 
 
 def test_class_ids_have_a_function_of_their_own():
-    with pytest.raises(TypeError, match="got Sparse, which softmax_cross_entropy takes"):
+    with pytest.raises(TypeError, match="got a Sparse; pass it to softmax_cross_entropy"):
         INTEGER(LOGITS, Sparse(IDS, VALUES))
-    with pytest.raises(TypeError, match="Teacher, which linear_softmax_cross_entropy takes"):
+    with pytest.raises(
+        TypeError, match="got a Teacher; only linear_softmax_cross_entropy takes one"
+    ):
         DENSE(LOGITS, Teacher(HIDDEN, KERNEL))
     with pytest.raises(
-        ValueError, match=r"labels.ids must have shape \(K,\), K at least 1, got \(\)"
+        ValueError, match=r"labels.ids must have shape \(K,\) with K at least 1, got \(\)"
     ):
         DENSE(LOGITS[0], Sparse(1, 1.0))
     with pytest.raises(ValueError, match="ignore_index must be None"):
