@@ -1,6 +1,7 @@
 """What the examples share: Ctrl-C, the command line, the progress bar and the look of the pictures.
 
-Every example imports this file first: from then on Ctrl-C ends it in one line, without a traceback.
+Every example imports this file first: from then on Ctrl-C, or a package that is missing, ends it in one
+line, without a traceback.
 """
 
 from __future__ import annotations
@@ -14,29 +15,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from rich.console import Console
+    from rich.progress import Progress
 
 # Okabe and Ito's colours: colour-blind readers can tell them apart.
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"
 
 
-# --- Ctrl-C --------------------------------------------------------------------------------------
+# --- Ctrl-C, missing packages ---------------------------------------------------------------------
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python calls it with an exception that nobody caught; after Ctrl-C the exit status is 130."""
     if issubclass(kind, KeyboardInterrupt):
         print(str(error) or "Stopped.", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError):
+        print(f'{error}; install it by python -m pip install -e ".[examples]"', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -122,6 +118,14 @@ def check_cache() -> None:
 
 
 def progress_bar(console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()]
     return Progress(*columns, TextColumn("{task.description}"), console=console)
 

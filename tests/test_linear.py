@@ -1353,7 +1353,7 @@ def test_on_a_mesh_of_which_some_axes_are_explicit():
             (each, aux), mean = head(**placed, return_aux=True), head(**placed, reduction="mean")
             return each, mean, aux.log_normalizer
 
-        each, mean, log_normalizer = quick(losses)(placed)
+        each, mean, log_normalizer = jax.jit(losses)(placed)
         for x, spec in ((each, P("data")), (log_normalizer, P("data")), (mean, P())):
             assert jax.typeof(x).sharding.spec == spec
         assert_close(
