@@ -1204,7 +1204,7 @@ ERRORS = {
     "other distributions": (
         {"labels": np.zeros((4, D))},
         ValueError,
-        r"labels.*\(4, 5\), distributions, got \(4, 3\)",
+        r"labels.*\(4, 5\) \(distributions\), got \(4, 3\)",
     ),
     "labels of None": ({"labels": None}, TypeError, "labels must be an array, got None"),
     "ignore_index of distributions": (
