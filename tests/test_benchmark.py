@@ -469,7 +469,7 @@ def made_up(subject, shape, dtype="float32", **more):
     return [
         Row(subject, shape, dtype, "value_and_grad", peer, "ok", ratio=12.34, compile_seconds=12.34,
             seconds=Quartiles(1.1111 * i, 1.2222 * i, 1.3333 * i), floor_fraction=3 / i,
-            temporary_bytes=2**33 + i, peak_bytes=2**33 + i, value_error=1e-7, **more)
+            temporary_bytes=2**32 + i * 2**29, peak_bytes=2**33 + i, value_error=1e-7, **more)
         for i, peer in enumerate(("floor", "naive", "jax_sce", "tokamax chunked_xla"), 1)
     ]  # fmt: skip
 
@@ -504,7 +504,7 @@ def test_a_picture_of_one_size_has_bars_and_of_several_lines(tmp_path, monkeypat
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
 
     one = [row for dtype in DTYPES for row in made_up("linear", (512, 64, 8192), dtype)]
-    several = [row for n in (64, 128, 256) for row in made_up("logits", (n, 32 * n))]
+    several = [row for n in (64, 128, 256) for row in made_up("logits", (n, 2**14 // n))]
     growing = [row for n in (64, 128) for row in made_up("scaling", (64, 8, n))]
     assert [path.name for path in draw([*one, *several, *growing], tmp_path)] == [
         "logits.png", "linear.png", "scaling.png"

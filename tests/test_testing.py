@@ -311,6 +311,14 @@ def test_a_reproduction_pasted_into_python_shows_the_failure(
             assert comment.endswith(": accepted, expected an error")
 
 
+def test_a_mean_gets_the_mask_of_each_example():
+    @jax.jit
+    def mean(logits, labels, *, where=None):
+        return INTEGER(logits, labels, where=where, reduction="mean")
+
+    assert conformance(mean, promises=["masked rows"]).holds
+
+
 def test_the_shown_number_is_the_faulty_one():
     report = conformance(
         lambda z, y: INTEGER(z, y) * jnp.where(jnp.arange(len(y)) == 4, 1.5, 1), promises=["values"]

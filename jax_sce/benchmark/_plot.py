@@ -286,9 +286,6 @@ def _finished(figure: "Figure", axes: Any, title: str) -> "Figure":
 
     for each in axes.flat:
         low, high = each.get_ylim()
-        if high < 4 * low:  # so that there is more than one tick
-            low, high = low / 2, high * 2
-            each.set_ylim(low, high)
         each.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     return _with_legend(figure, axes, title)
 
