@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import DENSE, INTEGER, covering
+from support import DENSE, INTEGER, TOLERANCE, covering, exact_loss, rng
 
 from jax_sce import linear_softmax_cross_entropy
 from jax_sce._elementary import times
@@ -66,3 +66,11 @@ def test_weights_that_serve_several_examples(kind, shape, reduction):
 
     got, want = (jax.value_and_grad(f, (0, 1))(logits, weights) for f in (loss, written_out))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_mean_divides_by_class_weights_though_nothing_else_weighs():
+    logits, labels = rng(5).normal(size=(3, 4)).astype(np.float32), np.array([0, 3, 3], np.int32)
+    weights = np.array([2, 1, 1, 0.5], np.float32)
+    got = INTEGER(logits, labels, class_weights=weights, reduction="mean")
+    want = np.average(exact_loss(logits, labels), weights=weights[labels])
+    np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"])
