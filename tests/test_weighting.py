@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import DENSE, INTEGER, covering
+from support import DENSE, INTEGER, TOLERANCE, covering, exact_loss, rng
 
 from jax_sce import linear_softmax_cross_entropy
 from jax_sce._elementary import times
@@ -66,3 +66,28 @@ def test_weights_that_serve_several_examples(kind, shape, reduction):
 
     got, want = (jax.value_and_grad(f, (0, 1))(logits, weights) for f in (loss, written_out))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_mean_divides_by_class_weights_though_nothing_else_weighs():
+    logits, labels = rng(5).normal(size=(3, 4)).astype(np.float32), np.array([0, 3, 3], np.int32)
+    weights = np.array([2, 1, 1, 0.25], np.float32)
+    got = INTEGER(logits, labels, class_weights=weights, reduction="mean")
+    want = np.average(exact_loss(logits, labels), weights=weights[labels])
+    np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"])
+
+
+def test_the_mean_of_one_example_is_its_loss():
+    logits, label = np.array([[1, 2, 4]], np.float32), np.array([1], np.int32)
+    assert INTEGER(logits, label, reduction="mean") == INTEGER(logits, label)[0]
+
+
+def test_only_a_weight_of_zero_excuses_what_is_wrong():
+    """And it excuses nothing that is right: the derivative by the weight is the loss."""
+    logits = rng(6).normal(size=(5, 3)).astype(np.float32)
+    logits[4, 0] = np.inf
+    labels, weights = np.array([7, 7, 1, 1, 2], np.int32), np.array([0, 1, 0, 1, 0], np.float32)
+    losses, pull = jax.vjp(lambda w: INTEGER(logits, labels, weights=w), weights)
+    want = exact_loss(logits[2:4], labels[2:4])
+    np.testing.assert_allclose(losses, [0, np.nan, 0, want[1], 0], rtol=TOLERANCE["loss"])
+    (of_weights,) = pull(jnp.ones(5))
+    np.testing.assert_allclose(of_weights[2:4], want, rtol=TOLERANCE["loss"])
