@@ -89,10 +89,10 @@ def linear_softmax_cross_entropy(
     float32 (float64 for float64 inputs).
 
     With "mean" and "sum" the forward pass also computes the gradients. Together
-    the two passes take as long as with stored logits. With "none" the backward
-    pass computes the logits again. Examples that do not count, because of
-    `ignore_index` or weight 0, cost next to nothing. But weight 0 saves nothing
-    if the weights are differentiated, or in forward mode.
+    the two passes do as many operations as with stored logits. With "none" the
+    backward pass computes the logits again. Examples that do not count, because
+    of `ignore_index` or weight 0, cost next to nothing. But weight 0 saves
+    nothing if the weights are differentiated, or in forward mode.
 
     If `jax.jit` partitions the program over devices, each device computes its
     own examples and classes, following the shardings of `hidden` and `kernel`.
@@ -138,12 +138,12 @@ def linear_softmax_cross_entropy(
         inside, JAX multiplies gradients by the axis size.
       chunk_size: The number of examples in a chunk. The float32 logits of one
         chunk are held in memory. None chooses from shapes and platform: on CPU
-        up to 128 MiB of logits, elsewhere 2048 examples or more in at most
-        2 GiB. Measured on CPU, where None chose 256: chunks of 128 took as
-        long, with 0.6 to 0.8 of the temporary memory; chunks of 64, 32 and 16
-        took up to 1.3, 1.7 and 2.5 times as long, with 0.2 to 0.6 of it. For
-        any chunk size, the gradient of a 16-bit kernel is summed in a float32
-        array of the kernel's shape.
+        up to 128 MiB of logits, elsewhere 2048 examples or more, or as many as
+        fit into 2 GiB. Measured on CPU, where None chose 256: chunks of 128
+        took as long, with 0.6 to 0.8 of the temporary memory; chunks of 64, 32
+        and 16 took up to 1.3, 1.7 and 2.5 times as long, with 0.2 to 0.6 of it.
+        For any chunk size, the gradient of a 16-bit kernel is summed in a
+        float32 array of the kernel's shape.
       dtype: The dtype of the matrix products, as in Flax's layers; None means
         the wider of `hidden` and `kernel`. bfloat16 with a float32 kernel is
         mixed precision: `hidden` and `kernel` are rounded once, before the

@@ -286,7 +286,7 @@ def readme_lines():
             for x in ("jax_sce", "optax")
         ]
         ours, optaxs = (f"{cost['passes']:.1f}" for cost in passes)
-        time = f"{ours} passes over memory; optax {optaxs}"
+        time = f"{ours} passes over the logits; optax {optaxs}"
         yield f"TPU {machine}", time, *head(compiled, machine)
     yield "2 x 4 H100, each", "", *head(rows_of("compiled_mesh.json"), "h100")
 

@@ -20,8 +20,8 @@ How it measures:
   a measure and not a bound, so that a time may be below it: a forward pass
   of logits reads and does not write, and the products of a chunk that stays
   in the cache may be faster than those of the whole head.
-- Distributions are labels [N, V] in the logits' dtype; the gradient is by the
-  logits alone.
+- Distributions are labels [N, V] in the logits' dtype; the gradient is with
+  respect to the logits alone.
 - Times are divided by the median of optax; for heads by that of `naive`,
   which is optax's loss of logits accumulated in float32.
 - The compile time is that of tracing and compiling, once. Temporary memory
@@ -52,10 +52,10 @@ products, its memory and the bytes that it sends, by the rules of
   jax_sce's statistics are its plain reduction. On a real GPU a Pallas kernel,
   which also passes over the logits once, takes its place.
 
-`compare` needs JAX and NumPy, and uses the peers that are installed. The
-command draws and tabulates with the packages of, in a checkout,
-`python -m pip install -e ".[benchmark]"`; `compiled` needs those of
-`python -m pip install -e ".[compiled]"`.
+`compare` needs JAX and NumPy, and uses the peers that are installed. To draw
+and tabulate, the command needs more packages. In a checkout,
+`python -m pip install -e ".[benchmark]"` installs them, and
+`python -m pip install -e ".[compiled]"` those of `compiled`.
 """
 
 from ._compare import compare as compare

@@ -40,7 +40,7 @@ Without a loss it tests ours and all known ones that are installed, and
 prints a table: as Markdown if the output is not a terminal.
 
 The exit status is 0 if all promises that apply are kept, 1 if one is broken,
-2 if the loss cannot be called. Without a loss it is that of jax_sce's own."""
+2 if the loss cannot be called. Without a loss it covers jax_sce's own only."""
 
 
 def main() -> int:
@@ -133,7 +133,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--arguments", metavar="NAMES",
-        help="the order in which the loss takes these arguments, if it is another one, for example "
+        help="the arguments in the order in which the loss takes them, if it differs, for example "
         "hidden,labels,kernel.T; .T passes the transposed array",
     )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
