@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -56,6 +57,18 @@ def assert_close(got, want, rtol=TOLERANCE["float64"]):
 def gradient(fn, logits, labels):
     losses, pull = jax.vjp(lambda z: fn(z, labels), logits)
     return pull(jnp.asarray(cotangents(losses.shape), losses.dtype))[0]
+
+
+def test_value_and_gradient_are_those_of_jax_grad_of_the_naive_formula(kind, loss):
+    labels = labels_for(kind)
+
+    def mean_of_rows(z):
+        return jnp.mean(jax.vmap(loss)(z, labels))
+
+    want = jax.value_and_grad(lambda z: jnp.mean(naive(kind, z, labels)))(LOGITS)
+    for fn in (functools.partial(loss, labels=labels, reduction="mean"), mean_of_rows):
+        got = jax.jit(jax.value_and_grad(fn))(LOGITS)
+        chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-15)
 
 
 # -- vectorized and compiled ---------------------------------------------------------------------
