@@ -76,6 +76,15 @@ def _line_by_line() -> Progress:
 # -- the command line --------------------------------------------------------------------------------
 
 
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs the command. Ctrl-C ends it in one line."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line."""
 

@@ -18,6 +18,7 @@ from .._command import (
     check_known,
     make_console,
     require,
+    run,
     showing_progress,
     silence_tokamax,
 )
@@ -303,4 +304,4 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

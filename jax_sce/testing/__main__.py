@@ -17,6 +17,7 @@ from .._command import (
     check_folder,
     make_console,
     require,
+    run,
     showing_progress,
     silence_tokamax,
 )
@@ -177,4 +178,4 @@ def keyword(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
