@@ -112,14 +112,16 @@ def softmax_cross_entropy(
         this sum by the sum of `weights` over the examples that count, and is 0
         if there are none.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
-        are split, or a tuple of axes. V is then the number of classes on this
-        device. Distributions are split like the logits; the ids of a `Sparse`
-        are global. The loss covers the classes of all devices and is the same
-        on all devices of the axis. "mean" and "sum" reduce over the examples of
-        this device. With `check_vma=False`, differentiate outside of
-        `shard_map`: inside, JAX multiplies gradients by the axis size.
-      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction
-        and entropy of each example. Log-normalizer and entropy are
+        are split, or a tuple of axes. V in the shapes is then the number of
+        classes on this device; elsewhere (smoothing, the range of class ids) it
+        counts those of all devices. Distributions are split like the logits;
+        the ids of a `Sparse` are global. The loss covers the classes of all
+        devices and is the same on all devices of the axis. "mean" and "sum"
+        reduce over the examples of this device. With `check_vma=False`,
+        differentiate outside of `shard_map`: inside, JAX multiplies gradients
+        by the axis size.
+      return_aux: Also return a `CrossEntropyAux`: each example's
+        log-normalizer, prediction and entropy. Log-normalizer and entropy are
         differentiated exactly. Prediction and entropy each read the logits once
         more, if you use them.
       forward_mode: Differentiate with a `jax.custom_jvp` of the same formulas
@@ -256,16 +258,17 @@ def softmax_cross_entropy_with_integer_labels(
         this sum by the sum of `weights * class_weights[label]` over the
         examples that count, and is 0 if there are none.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
-        are split, or a tuple of axes. V is then the number of classes on this
-        device. Labels are global class ids. The loss covers the classes of all
-        devices and is the same on all devices of the axis. "mean" and "sum"
-        reduce over the examples of this device. With `check_vma=False`,
-        differentiate outside of `shard_map`: inside, JAX multiplies gradients
-        by the axis size.
-      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
-        entropy and the label's rank of each example. Log-normalizer and entropy
-        are differentiated exactly. Prediction, entropy and rank each read the
-        logits once more, if you use them.
+        are split, or a tuple of axes. V in the shapes is then the number of
+        classes on this device; elsewhere (smoothing, the range of class ids) it
+        counts those of all devices. Labels are global class ids. The loss
+        covers the classes of all devices and is the same on all devices of the
+        axis. "mean" and "sum" reduce over the examples of this device. With
+        `check_vma=False`, differentiate outside of `shard_map`: inside, JAX
+        multiplies gradients by the axis size.
+      return_aux: Also return a `CrossEntropyAux`: each example's
+        log-normalizer, prediction and entropy, and the rank of its label.
+        Log-normalizer and entropy are differentiated exactly. Prediction,
+        entropy and rank each read the logits once more, if you use them.
       forward_mode: Differentiate with a `jax.custom_jvp` of the same formulas
         instead of a `jax.custom_vjp`. `jax.jvp`, `jax.jacfwd`, `jax.linearize`
         and reverse over forward mode need it.

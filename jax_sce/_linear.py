@@ -130,30 +130,33 @@ def linear_softmax_cross_entropy(
         if labels are not class ids) over the examples that count, and is 0 if
         there are none.
       axis_name: Inside `jax.shard_map`, the mesh axis over which the classes
-        are split, or a tuple of axes. V is then the number of classes on this
-        device. Class ids are global; distributions are split like the classes.
-        The loss covers the classes of all devices and is the same on all
-        devices of the axis. "mean" and "sum" reduce over the examples of this
-        device. With `check_vma=False`, differentiate outside of `shard_map`:
-        inside, JAX multiplies gradients by the axis size.
+        are split, or a tuple of axes. V in the shapes is then the number of
+        classes on this device; elsewhere (smoothing, the range of class ids) it
+        counts those of all devices. Class ids are global; distributions are
+        split like the classes. The loss covers the classes of all devices and
+        is the same on all devices of the axis. "mean" and "sum" reduce over the
+        examples of this device. With `check_vma=False`, differentiate outside
+        of `shard_map`: inside, JAX multiplies gradients by the axis size.
       chunk_size: The number of examples in a chunk. The float32 logits of one
-        chunk are held in memory. None chooses from shapes and platform: on CPU
-        up to 128 MiB of logits, elsewhere 2048 examples or more, or as many as
-        fit into 2 GiB. Measured on CPU, where None chose 256: chunks of 128
-        took as long, with 0.6 to 0.8 of the temporary memory; chunks of 64, 32
-        and 16 took up to 1.3, 1.7 and 2.5 times as long, with 0.2 to 0.6 of it.
-        For any chunk size, the gradient of a 16-bit kernel is summed in a
-        float32 array of the kernel's shape.
+        chunk are held in memory. None chooses from shapes and platform: 256 to
+        512 examples on CPU and 2048 to 8192 elsewhere, but fewer if their
+        logits would exceed 128 MiB on CPU or 2 GiB elsewhere. Without gradients
+        it chooses 64 to 256, and 1024 to 8192. Measured on CPU, where None
+        chose 256: chunks of 128 took as long, with 0.6 to 0.8 of the temporary
+        memory; chunks of 64, 32 and 16 took up to 1.3, 1.7 and 2.5 times as
+        long, with 0.2 to 0.6 of it. For any chunk size, the gradient of a
+        16-bit kernel is summed in a float32 array of the kernel's shape.
       dtype: The dtype of the matrix products, as in Flax's layers; None means
         the wider of `hidden` and `kernel`. bfloat16 with a float32 kernel is
         mixed precision: `hidden` and `kernel` are rounded once, before the
         products, and the kernel's gradient is summed and returned in float32.
       precision: The precision of the matrix products, as in `jax.numpy.dot`:
         None, "highest" and so on.
-      return_aux: Also return a `CrossEntropyAux`: log-normalizer, prediction,
-        entropy and, for class ids, the label's rank of each example.
-        Log-normalizer and entropy are differentiated exactly; with "mean" and
-        "sum" their derivative computes the logits once more, if you use it.
+      return_aux: Also return a `CrossEntropyAux`: each example's
+        log-normalizer, prediction and entropy and, for class ids, the rank of
+        its label. Log-normalizer and entropy are differentiated exactly; with
+        "mean" and "sum" their derivative computes the logits once more, if you
+        use it.
       forward_mode: Differentiate the loop over the chunks with JAX's own rules.
         `jax.jvp`, `jax.jacfwd`, `jax.linearize` and reverse over forward mode
         need it.

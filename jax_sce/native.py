@@ -5,8 +5,8 @@
 If there is a C++ compiler, installing the package compiles the kernel.
 Without the kernel the losses have the same error bounds, but are slower.
 
-The environment variable `JAX_SCE_NATIVE` is read when the first loss is
-traced:
+The environment variable `JAX_SCE_NATIVE` is read once, when the first loss
+is traced or `status()` is first called:
 
     unset or 1    the best kernel for this processor
     0             no native kernel
@@ -16,10 +16,10 @@ traced:
 A kernel that uses instructions that the processor lacks is never chosen.
 
 The library is not used if it cannot be loaded, is not this package's, or
-was built for a newer jaxlib; `status()` says why. Loading a truncated file
-(cut after its first page) crashes the process, as with any shared library:
-reinstall. An editable installation keeps the library that it built: if you
-change the C++ sources, build again.
+was built for a newer or incompatible jaxlib; `status()` says why. Loading a
+truncated file (cut after its first page) crashes the process, as with any
+shared library: reinstall. An editable installation keeps the library that
+it built: if you change the C++ sources, build again.
 """
 
 import ctypes
@@ -58,7 +58,9 @@ def status() -> Status:
       A `Status`: `available`, and in `detail` the instruction set or the reason.
 
     Raises:
-      ValueError: `JAX_SCE_NATIVE` has a value that is not listed above.
+      ValueError: `JAX_SCE_NATIVE` has a value that the module's docstring does
+        not list, or names an instruction set that this processor lacks or that
+        the kernel was not built for.
 
     Example:
       >>> from jax_sce import native

@@ -2,7 +2,7 @@
 
 They are slow, but short enough to check by reading. The tests of this
 library compare the losses with them, in float64 and for finite logits. In
-float32 their last digits are wrong where those of the losses are right.
+float32 they can lose digits, even all of them, where the losses do not.
 `jax.grad` differentiates them.
 
 Both functions take logits [N..., V] with the classes on the last axis.
