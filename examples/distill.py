@@ -17,8 +17,8 @@ and `distill.png` draws the perplexity by step. A second table compares the memo
 its gradients with `Teacher` and in plain JAX, which holds the logits of both models. Ctrl-C keeps
 the curves so far.
 
-Time: one to two minutes on two free CPU cores, of which the first run spends half on the teacher;
-later runs find it in the cache. `--quick` does all of it, much smaller, in half a minute.
+Time: one to two minutes on two free CPU cores. The first run spends half of it on the teacher;
+later runs find the teacher in the cache. `--quick` does all of it, much smaller, in half a minute.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from jax_sce.benchmark._accelerators import prepare
 
 prepare()  # for programs that are compiled for GPUs and TPUs
 
-# The same draws every time, lest a run fail for what another found. `--hypothesis-profile=thorough`.
+# The same draws every time: no run fails because of a draw that others did not make. For more draws:
+# `--hypothesis-profile=thorough`.
 hypothesis.settings.register_profile("usual", max_examples=50, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=3000, deadline=None)
 hypothesis.settings.load_profile("usual")

@@ -84,7 +84,7 @@ def gradient_of_the_mean(logits, labels):
 
 
 def log_of_a_probability(logits, labels):
-    """And a small number, lest it be of 0."""
+    """And a small number, so that it is never that of 0."""
     return -jnp.log(picked(jax.nn.softmax(logits), labels) + 1e-8)
 
 

@@ -6,9 +6,9 @@ of examples, and of the gradients, which are as large as the inputs, as a sample
 or the hidden states' gradient, spread evenly from the first to the last, and some 64 columns of the
 kernel's, half of them those of labels.
 
-The error of a gradient is relative in the L1 norm, `sum |g - g64| / sum |g64|`: over the sampled rows
-together, and for each column of the kernel apart, of which the worst counts. A norm of the largest
-element would see little but the labels' elements, and not that the softmax's part is lost.
+The error of a gradient is relative in the L1 norm, `sum |g - g64| / sum |g64|`: over all sampled rows
+together, and for the worst column of the kernel. A norm of the largest element would see little but the
+labels' elements, and not that the softmax's part is lost.
 """
 
 import dataclasses
