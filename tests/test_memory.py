@@ -109,7 +109,7 @@ def test_the_loss_alone_never_writes_the_logits_in_float32(dtype):
 @pytest.mark.parametrize("batch", [(1024,), (8, 128)], ids=str)
 def test_between_the_products_of_a_head_the_logits_need_no_more_memory_than_with_optax(batch, kind):
     if IS_OLD and len(batch) > 1:
-        pytest.skip("XLA before JAX 0.12 drops the barrier; README.md says so in its limits")
+        pytest.skip("XLA before JAX 0.12 drops the barrier; examples/limits.md says so")
     d, v = 16, 8192
     hidden, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*batch, d), (d, v)))
     labels = labels_like(kind, batch, v)
