@@ -21,7 +21,7 @@ from ._types import ArrayLike
 REDUCTIONS = ("none", "sum", "mean")
 _CUT_BY_JAX = (np.int64, np.uint64)  # without x64, JAX truncates them to 32 bits
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-_FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+_FLOAT_NAMES = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 
 
 @jax.tree_util.register_dataclass

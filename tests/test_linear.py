@@ -1339,7 +1339,7 @@ def test_on_a_mesh_with_explicit_axes(specs, reduction, is_set):
     assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-5)
 
 
-def test_on_a_mesh_of_which_some_axes_are_explicit():
+def test_on_a_mesh_with_some_explicit_axes():
     """And on one with explicit axes, of no examples: the compiler lays out what lies between."""
     some = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
     all_axes = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)

@@ -61,7 +61,7 @@ def test_the_check_finds_what_automatic_differentiation_keeps():
     assert any(np.prod(shape) >= N * V and not given for shape, _, given in kept)
 
 
-IS_OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
+IS_OLD = jax.__version_info__ < (0, 12)
 
 
 def block_memory(dtype):

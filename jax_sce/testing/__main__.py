@@ -51,6 +51,7 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", 2)
     silence_tokamax()
     args = parse()
+    failure = None
     with showing_progress() as progress:
         try:
             reports = (
@@ -59,9 +60,7 @@ def main() -> int:
                 else [report_of(args.candidate, args.loss, args.promises, progress)]
             )
         except Exception as error:
-            failure: str | None = cannot_call(args.candidate, error)
-        else:
-            failure = None
+            failure = cannot_call(args.candidate, error)
     if failure is not None:
         print(failure, file=sys.stderr)
         return 2
