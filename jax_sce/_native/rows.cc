@@ -879,7 +879,7 @@ struct Divergence {
     const F apart = of_teacher - z, moved = apart - of_teacher;
     const F error = (of_teacher - (apart - moved)) - (z + moved);  // exact: Knuth's two-sum
     const F r = (apart - maxima) + ((apart - apart == 0 ? error : F{}) - lost) - shift;
-    const auto is_near = t != 0 & r < 1.5f & r > -1.5f;
+    const auto is_near = (t != 0) & (r < 1.5f) & (r > -1.5f);
     const F x = is_near ? r : F{}, t_r = t * (t == 0 ? F{} : r);
     F series = {};  // e^-x - 1 + x, over x^2
     double factorial = 6227020800;  // 13!
