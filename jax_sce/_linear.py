@@ -209,7 +209,7 @@ def linear_softmax_cross_entropy(
     mesh = jax.typeof(checked.hidden).sharding.mesh
     if not mesh.explicit_axes:
         return _rules.call(loss_of, checked)
-    if len(mesh.explicit_axes) < len(mesh.axis_names) or checked.hidden.size == 0:
+    if len(mesh.explicit_axes) < len(mesh.axis_names):
         return _rules.call(_in_automatic_mode(checked), checked)
     return _rules.call(_on_explicit_axes, checked)
 # fmt: on
@@ -317,8 +317,7 @@ def _on_explicit_axes(inputs: Inputs) -> Any:
 
 def _in_automatic_mode(inputs: Inputs) -> Callable[..., Any]:
     """`loss_of`, with the shardings inside left to the compiler. It is for meshes with both explicit and
-    other axes, and for empty `hidden`. Otherwise JAX would require `out_sharding` for every gather and
-    product."""
+    other axes, where JAX would require `out_sharding` for every gather and product."""
     like = jax.typeof(inputs.hidden).sharding
     of_examples = NamedSharding(like.mesh, PartitionSpec(*like.spec[:-1]))
     whole = NamedSharding(like.mesh, PartitionSpec())
