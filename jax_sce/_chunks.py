@@ -83,7 +83,7 @@ def order(plan: Plan, counts: Array | None) -> tuple[Array, Array | int]:
 
 
 # `take` and `put` do not use `jax.vmap`. JAX would mistake it for an outer one with `spmd_axis_name`,
-# and checkify's index checks would fail on its scatter. They are jitted because these checks also fail
+# and checkify's index checks would fail on its scatter. `take` is jitted because these checks also fail
 # on a gather under `jax.checkpoint` that is not.
 
 
@@ -95,7 +95,6 @@ def take(x: Array, ids: Array) -> Array:
     return rows.reshape(ids.size, *x.shape[2:])
 
 
-@jax.jit
 def put(x: Array, ids: Array, rows: Array) -> Array:
     """`x` [L, n, ...] with `rows` [C, ...] at `ids` [L, c]. Rows for the id n are dropped."""
     rows = rows.reshape(*ids.shape, *x.shape[2:])

@@ -330,7 +330,7 @@ def layout_of(
 def layout_of_arrays(inputs: Inputs, sizes: Mapping[str, int]) -> Layout:
     """`layout_of` for arrays on a mesh with explicit axes."""
     hidden, kernel = (_split_over(jax.typeof(x)) for x in (inputs.hidden, inputs.kernel))
-    layout = layout_of(inputs, hidden[:-1], kernel, kernel[0], sizes)
+    layout = layout_of(inputs, hidden[:-1], kernel, (), sizes)
     # A kernel gathered over devices with the same examples does not vary, but JAX does not infer that.
     features = tuple(axis for axis in layout.features if axis in layout.all_examples)
     return layout._replace(features=features)

@@ -173,19 +173,18 @@ class Rows:
         return has & self.pick(jnp.broadcast_to(self.mask, self.logits.shape), labels)
 
     def pick(self, x: Array, labels: Array) -> Array:
-        """`x` [N, V] at class ids [N, K], with K on the last class axis."""
-        places = jnp.clip(self.places(labels), 0, self.num_classes - 1)
+        """`x` [N, V] at class ids [N, K], with K on the last class axis. Arbitrary for classes that are
+        not on this device."""
+        places = self.places(labels)
         if len(self.axes) == 1:
-            return jnp.take_along_axis(x, places, self.axes[0], mode="promise_in_bounds")
-        return x.at[self._index(places)].get(mode="promise_in_bounds")
+            return jnp.take_along_axis(x, places, self.axes[0], mode="clip")
+        return x.at[self._index(places)].get(mode="clip")
 
     def put(self, x: Array, labels: Array, new: Array) -> Array:
-        """`x` [N, V] with `new` [N, K] at class ids [N, K], all different. Ids that are not on this
-        device are dropped."""
-        places = self.places(labels)
-        # JAX counts negative indices from the end: move them out of range.
-        places = jnp.where(places < 0, self.num_classes - places, places)
-        return x.at[self._index(places)].set(new, mode="drop", unique_indices=True)
+        """`x` [N, V] with `new` [N, K] at class ids [N, K], all different. Ids after the last class are
+        dropped; the others must be on this device."""
+        index = self._index(self.places(labels))
+        return x.at[index].set(new, mode="drop", unique_indices=True)
 
     def _index(self, places: Array) -> tuple[Array, ...]:
         """The index on each axis, out of range for a place that is not a class."""

@@ -130,8 +130,6 @@ def _fwd(kind: Kind, has_entropy: bool, rows: Rows, targets: Any, counts: Array 
     stats, entropy, mean = forward.stats, None, None
     if has_entropy:
         of_row = spread(rows, stats.max)
-        for kept in forward.kept:
-            of_row = jnp.where(kept > 0, of_row, 0)
         entropy, mean = stats.entropy(of_row), -of_row / (1 + stats.tail)
     out = Out(forward.loss, stats.log_normalizer(), entropy, forward.target_entropy, forward.kept)
     return out, Residuals(rows, targets, forward.counts, stats, forward.numbers, mean)

@@ -43,7 +43,7 @@ def weighted(options: Options, out: Out, class_weight: Array | None) -> Losses:
         loss = times(class_weight, loss)
     if options.z_loss is not None:
         loss = loss + options.z_loss * jnp.square(log_normalizer)
-    if options.weights is not None or options.valid is not None:
+    if options.weights is not None:
         loss = example_weights(options, loss) * loss
     entropy, target_entropy = (
         None if x is None else only(options.counts, x) for x in (out.entropy, out.target_entropy)
