@@ -154,6 +154,32 @@ def test_the_second_derivative_of_the_entropy(kind, forward_mode, x64):
     assert_close_to_largest(got, want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", BOTH)
+def test_masked_classes_have_no_part_in_the_entropy(kind, dtype, x64):
+    where = rng(11).random((N, V)) < 0.6
+    where[0], where[1] = False, np.arange(V) == 2  # no class, one class
+    logits, g = (jnp.asarray(x, dtype) for x in (np.where(where, LOGITS, np.nan), cotangents(N)))
+    labels = labels_of(kind) if kind == "integer" else labels_of(kind).astype(dtype)
+
+    def ours(z):
+        aux = BOTH[kind](z, labels, where=where, return_aux=True)[1]
+        return jnp.sum(g * aux.entropy), aux.entropy
+
+    def naive(z):
+        log_o = jax.nn.log_softmax(z, where=where, axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_o) * log_o, axis=-1, where=where)
+        return jnp.sum(g * entropy), entropy
+
+    (_, got), of_ours = jax.value_and_grad(ours, has_aux=True)(logits)
+    (_, want), of_naive = jax.value_and_grad(naive, has_aux=True)(jnp.where(where, logits, 0))
+    np.testing.assert_array_equal(got[:2], 0)
+    np.testing.assert_array_equal(of_ours[~where], 0)
+    np.testing.assert_array_equal(of_ours[1], 0)
+    rtol = {"float32": 1e-6, "float64": 1e-12}[dtype]
+    assert_close_to_largest((got[2:], of_ours[2:]), (want[2:], of_naive[2:]), rtol)
+
+
 # -- ranks --------------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,11 @@ def test_labels_at_both_ends_of_every_integer_type():
         np.testing.assert_allclose(got, want, rtol=TOLERANCE["loss"], err_msg=ends.dtype.name)
 
 
+def test_a_label_that_is_the_number_of_classes_and_the_largest_of_its_type_is_bad():
+    losses = INTEGER(np.zeros((2, 127), np.float32), np.array([126, 127], np.int8))
+    np.testing.assert_allclose(losses, [np.log(127), np.nan], rtol=TOLERANCE["loss"])
+
+
 @pytest.mark.parametrize(
     "labels",
     [

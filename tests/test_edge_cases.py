@@ -180,8 +180,9 @@ def test_what_is_wrong_is_loud_in_its_own_row_alone(kind, options, mode, what):
         odd = ODD[:2]  # a soft-cap makes numbers of infinities
         logits[ODD[2:]] = logits_with()[ODD[2:]]
     labels, fine = (x if kind == "integer" else one_hot(x, V) for x in (labels, LABELS))
+    weights = np.ones(N, np.float32) if what == "logits" else None  # a weight excuses nothing
     run = runner(kind, options, mode)
-    got, same = run(logits, labels, None, None), run(logits_with(), fine, None, None)
+    got, same = run(logits, labels, None, weights), run(logits_with(), fine, None, weights)
     others = np.setdiff1d(np.arange(N), odd)
     np.testing.assert_array_equal(got["none"][0][odd], NAN)
     np.testing.assert_allclose(got["none"][0][others], same["none"][0][others], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 import re
 import traceback
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from support import BOTH, one_hot
 
-from jax_sce import Sparse, linear_softmax_cross_entropy, shard
+from jax_sce import Sparse, _rules, linear_softmax_cross_entropy, shard
 
 N, V = 4, 6
 LOGITS = np.zeros((N, V), np.float32)
@@ -234,6 +235,16 @@ def test_forward_mode_without_its_rule_is_an_error_that_names_the_option(kind):
     with pytest.raises(TypeError, match="forward-mode") as raised:
         jax.jit(lambda z: jax.jvp(loss, z, z))(logits)
     assert "# jvp: forward_mode=True\n" in "".join(traceback.format_exception(raised.value))
+
+
+def test_an_error_that_is_not_of_forward_mode_has_no_note_about_it():
+    def program(inputs):
+        raise TypeError("something else")
+
+    inputs = types.SimpleNamespace(options=types.SimpleNamespace(forward_mode=False))
+    with pytest.raises(TypeError, match="something else") as raised:
+        _rules.call(program, inputs)
+    assert not hasattr(raised.value, "__notes__")
 
 
 def test_lists_are_arrays():

@@ -981,6 +981,18 @@ def test_the_kernel_is_not_copied_and_has_one_accumulator(tied, copies, reductio
     assert held <= accumulators + copies + 0.5
 
 
+def test_reverse_over_forward_mode_computes_the_logits_of_each_chunk_anew():
+    n, d, v = 512, 8, 2048
+
+    def total(hidden, kernel, labels):
+        return jnp.sum(head(hidden, kernel, labels, chunk_size=32, forward_mode=True))
+
+    at = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((n, d), (d, v))]
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    compiled = gradient.lower(*at, jax.ShapeDtypeStruct((n,), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * n * v / 8
+
+
 def test_a_16_bit_kernel_is_not_widened_for_the_gradient_of_the_hidden_states():
     n, d, v = 64, 256, 8192
     at = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((n, d), (d, v))]
@@ -1167,9 +1179,14 @@ ERRORS = {
     "integer hidden": ({"hidden": np.zeros((4, D), int)}, TypeError, "hidden.*floating.*int"),
     "scalar hidden": ({"hidden": 1.0}, ValueError, r"hidden.*\(\.\.\., features\).*\(\)"),
     "kernel transposed": (
-        {"kernel": np.zeros((V, D), np.float32)},
+        {"hidden": np.zeros((2, 2, D), np.float32), "kernel": np.zeros((V, D), np.float32)},
         ValueError,
-        r"kernel must have shape \(3, classes\).*\(4, 3\).*got \(5, 3\)",
+        r"kernel must have shape \(3, classes\).*\(2, 2, 3\), got \(5, 3\); pass its transpose$",
+    ),
+    "kernel of other features": (
+        {"kernel": np.zeros((V, V), np.float32)},
+        ValueError,
+        r"kernel must have shape \(3, classes\).*\(4, 3\), got \(5, 5\)$",
     ),
     "kernel of rank 1": ({"kernel": np.zeros(D)}, ValueError, r"kernel.*\(3, classes\).*\(3,\)"),
     "kernel of ids": ({"kernel": np.zeros((D, V), int)}, TypeError, "kernel.*floating.*int"),
@@ -1340,25 +1357,49 @@ def test_on_a_mesh_with_explicit_axes(specs, reduction, is_set):
 
 
 def test_on_a_mesh_with_some_explicit_axes():
-    """And on one with explicit axes, of no examples: the compiler lays out what lies between."""
-    some = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
-    all_axes = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    for mesh, n in ((some, 8), (all_axes, 0)):
-        given = arrays(n, 3, 6, np.float32, bias=None)
-        want = naive(**given)
-        whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        placed = {k: jax.device_put(x, whole if k == "kernel" else rows) for k, x in given.items()}
+    """The compiler lays out what lies between."""
+    types = AxisType.Explicit, AxisType.Explicit, AxisType.Auto
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "model"), axis_types=types)
+    examples = P("data", "sequence")
+    given = arrays((4, 6), 3, 6, np.float32, bias=None)
+    want = naive(**given)
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, examples)
+    placed = {k: jax.device_put(x, whole if k == "kernel" else rows) for k, x in given.items()}
 
-        def losses(placed):
-            (each, aux), mean = head(**placed, return_aux=True), head(**placed, reduction="mean")
-            return each, mean, aux.log_normalizer
+    def losses(placed):
+        (each, aux), mean = head(**placed, return_aux=True), head(**placed, reduction="mean")
+        return each, mean, aux.log_normalizer
 
-        each, mean, log_normalizer = jax.jit(losses)(placed)
-        for x, spec in ((each, P("data")), (log_normalizer, P("data")), (mean, P())):
-            assert jax.typeof(x).sharding.spec == spec
-        assert_close(
-            jax.device_get([each, mean]), [want, want.mean() if n else np.float32(0)], rtol=1e-5
-        )
+    each, mean, log_normalizer = jax.jit(losses)(placed)
+    for x, spec in ((each, examples), (log_normalizer, examples), (mean, P())):
+        assert jax.typeof(x).sharding.spec == spec
+    assert_close(jax.device_get([each, mean]), [want, want.mean()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0, 8), (4, 3, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_nothing_to_compute_on_a_mesh_with_explicit_axes(reduction, shape):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    hidden, labels = put(jnp.ones(shape), "data"), put(jnp.zeros(shape[:-1], jnp.int32), "data")
+    kernel = put(jnp.ones((shape[-1], 6)), None, "model")
+    losses, pull = jax.vjp(lambda *at: head(*at, labels, reduction=reduction), hidden, kernel)
+    of_hidden, of_kernel = pull(jnp.ones_like(losses))
+    assert of_hidden.shape == shape
+    if shape[-1] == 0:
+        np.testing.assert_allclose(losses, np.log(6), rtol=1e-6)
+    else:
+        assert np.sum(losses) == 0
+        np.testing.assert_array_equal(of_kernel, np.zeros_like(kernel))
+
+
+def test_the_chunks_are_smaller_the_more_classes_there_are():
+    shapes = (8192, 8), (8, 2**16)
+    at = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    loss = functools.partial(head, labels=jnp.zeros(8192, jnp.int32), reduction="mean")
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*at).jaxpr
+    sizes = [x.aval.size for e in equations(jaxpr) for x in e.outvars if hasattr(x.aval, "size")]
+    assert max(sizes) <= _chunks.LOOP.gradients.logits < 8192 * 2**16
 
 
 def test_a_loop_has_a_shard_for_each_device_if_that_divides_the_examples():

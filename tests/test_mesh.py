@@ -200,10 +200,12 @@ def test_an_eager_call_with_a_kernel_that_lives_split():
     mesh, classes = make_mesh("2x4")
     floats, rest = arguments("linear")
     want = derivatives(FUNCTIONS["linear"], floats, rest, reduction="mean")
-    split = NamedSharding(mesh, P("data", "model"))
-    floats = jax.tree.map(jnp.asarray, floats) | {"kernel": jax.device_put(floats["kernel"], split)}
     loss = functools.partial(shard(FUNCTIONS["linear"], mesh, classes=classes), reduction="mean")
-    assert_close(loss(**floats, **rest), want[0])
+    for spec in (P(), P("data"), P("data", "model")):
+        split = NamedSharding(mesh, spec)
+        kernel = jax.device_put(floats["kernel"], split)
+        floats = jax.tree.map(jnp.asarray, floats) | {"kernel": kernel}
+        assert_close(loss(**floats, **rest), want[0])
     explicit, _ = make_mesh("2x4", AxisType.Explicit)
     floats["kernel"] = jax.device_put(floats["kernel"], NamedSharding(explicit, split.spec))
     with jax.set_mesh(explicit):
@@ -341,6 +343,15 @@ def test_mass_on_a_device_without_classes_costs_infinity(dtype, x64):
     losses = shard(DENSE, mesh, classes=classes)(z, y)
     np.testing.assert_array_equal(losses[1:], np.inf)
     assert_close(losses, DENSE(z, y))
+
+
+def test_an_eager_call_is_compiled_once():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    logits, labels = jnp.zeros((8, 3)), jnp.zeros(8, jnp.int32)
+    call = lambda: shard(FUNCTIONS["integer"], mesh)(logits, labels)  # noqa: E731
+    first = call()
+    with jax.no_tracing():
+        np.testing.assert_array_equal(call(), first)
 
 
 def test_a_function_of_shard_has_the_name_and_the_signature_of_the_loss():

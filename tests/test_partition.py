@@ -127,21 +127,23 @@ def test_it_computes_and_sends_what_shard_does(kernel, hidden, reduction):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kernel", "hidden"),
+    ("sizes", "kernel", "hidden", "turned"),
     [
-        ((2, 2, 2), P(("data", "expert"), "model"), P(("data", "expert"))),
-        ((2, 2, 2), P("expert", "model"), P("data", "expert")),
-        ((2, 2, 2), P(None, ("expert", "model")), P("data", None, "model")),
-        ((2, 4), P("model", None), P("data")),
-        ((2, 4), P(("model", "data"), None), P("data")),
-        ((2, 4), P(("data", "model"), None), P("data")),
-        ((2, 4), P(), P(None, "data")),
-        ((2, 4), P("data", "model"), P()),
-        ((8, 1), P("data", "model"), P("data")),
+        ((2, 2, 2), P(("data", "expert"), "model"), P(("data", "expert")), 0),
+        ((2, 2, 2), P("expert", "model"), P("data", "expert"), 0),
+        ((2, 2, 2), P(None, ("expert", "model")), P("data", None, "model"), 0),
+        ((2, 4), P("model", None), P("data"), 2),
+        ((2, 4), P(("model", "data"), None), P("data"), 0),
+        ((2, 4), P(("data", "model"), None), P("data"), 2),
+        ((2, 4), P(), P(None, "data"), 0),
+        ((2, 4), P("data", "model"), P(), 2),
+        ((8, 1), P("data", "model"), P("data"), 0),
     ],
     ids=str,
 )
-def test_other_layouts(sizes, kernel, hidden):
+def test_other_layouts(sizes, kernel, hidden, turned):
+    """Where devices with the same examples split the features of the kernel, an all-to-all turns them
+    into classes. Another turns those of the gradient back."""
     floats, labels = problem()
     mesh = make_mesh(sizes)
     placed = place(floats, hidden, kernel, mesh)
@@ -149,6 +151,7 @@ def test_other_layouts(sizes, kernel, hidden):
     program = compiled(fn, placed, labels)
     assert_close(program(placed, labels), on_one_device("mean"))
     assert in_loops(program) <= CHUNK * 4 * 5
+    assert sum(x.kind == "all-to-all" for x in collectives(program)) == turned
 
 
 def test_with_more_examples_than_classes_the_kernel_is_gathered():
@@ -399,6 +402,17 @@ def test_on_explicit_axes(kernel, reduction):
     assert_close(got, on_one_device(reduction))
     assert got[1]["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
     assert in_loops(program) <= CHUNK * 4 * 5
+
+
+def test_on_explicit_axes_each_device_has_its_own_examples():
+    floats, labels = problem()
+    mesh, split = make_mesh((2, 4), AxisType.Explicit), P("data", "model")
+    with jax.set_mesh(mesh):
+        hidden, labels = put(floats["hidden"], split, mesh), put(labels, split, mesh)
+        kernel = put(floats["kernel"], P(), mesh)
+        program = jax.make_jaxpr(head)(hidden, kernel, labels)
+    (specs,) = [e.params["in_specs"] for e in program.eqns if "in_specs" in e.params]
+    assert specs == (P("data", "model", None), P(None, None), split)
 
 
 # -- other numbers of devices, and of processes -------------------------------------------------------

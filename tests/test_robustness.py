@@ -80,8 +80,9 @@ def test_modes_change_nothing(kind, mode):
 
 
 @pytest.mark.parametrize("forward_mode", [False, True], ids=["reverse", "forward"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
 @pytest.mark.parametrize("kind", BOTH)
-def test_masked_classes_are_no_infinities(kind, forward_mode):
+def test_masked_classes_are_no_infinities(kind, smoothing, forward_mode):
     """Nor in an eager derivative; one of the rows keeps no class."""
     mask = np.array([[True, True, False], [False, True, True], [False] * 3])
     labels = np.array([0, 1, 2])
@@ -89,15 +90,15 @@ def test_masked_classes_are_no_infinities(kind, forward_mode):
 
     def total(logits):
         losses, aux = BOTH[kind](
-            logits, labels, where=mask, return_aux=True, forward_mode=forward_mode
-        )
+            logits, labels, where=mask, label_smoothing=smoothing, return_aux=True,
+            forward_mode=forward_mode)  # fmt: skip
         return jnp.sum(losses + aux.entropy)
 
     with jax.debug_nans(True), jax.debug_infs(True):
         value, gradient = jax.value_and_grad(total)(np.zeros((3, 3), np.float32))
     np.testing.assert_allclose(value, 4 * np.log(2), rtol=1e-6)  # of two classes each
-    want = [[-0.5, 0.5, 0], [0, -0.5, 0.5], [0, 0, 0]]
-    np.testing.assert_allclose(gradient, want, atol=1e-6)
+    want = np.array([[-0.5, 0.5, 0], [0, -0.5, 0.5], [0, 0, 0]])
+    np.testing.assert_allclose(gradient, (1 - smoothing) * want, atol=1e-6)
 
 
 def test_a_nan_is_found_where_it_is_made():

@@ -1,5 +1,6 @@
 """The statistics of a row are a commutative monoid, and exact."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,11 +46,14 @@ logits = st.lists(logit, min_size=4, max_size=4).map(lambda z: np.array([z], np.
 by_hypothesis = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def rows(z, softcap=None, mask=None, axes=(-1,)):
+def rows(z, softcap=None, mask=None, axes=(-1,), temperature=None):
     z = jnp.asarray(z)
+    view = Rows(z, axes, mask)
     if softcap is not None:
-        softcap = jnp.full((1,) * z.ndim, softcap, jnp.float32)
-    return Rows(z, axes, mask, softcap)
+        view = dataclasses.replace(view, softcap=jnp.full((1,) * z.ndim, softcap, jnp.float32))
+    if temperature is not None:
+        temperature = jnp.full(view.row_shape, temperature, jnp.float32)
+    return dataclasses.replace(view, temperature=temperature)
 
 
 @functools.cache
@@ -256,13 +260,17 @@ def test_masked_classes_add_nothing_whatever_they_hold(form, num_classes):
     """Not a larger logit, NaN or infinity; if the mask is one for all rows, or each has its own."""
     z = rng(15).normal(size=(3, num_classes)).astype(np.float32)
     own = rng(16).random(z.shape) < 0.7
-    own[:, :2] = True
+    own[:, :2], own[:, 2] = True, False
     for mask in (own, own[:1]):
         full = np.broadcast_to(mask, z.shape)
-        hidden = np.where(full, z, np.resize([np.nan, np.inf, 99.0, -np.inf], z.shape))
-        got = statistics(form, hidden.astype(np.float32), 1, mask=jnp.asarray(mask))
-        assert_same(got, exact(np.where(full, z, -np.inf)), rtol=TOLERANCE["loss"])
-        np.testing.assert_array_equal(got[2], z[:, 1])
+        hidden = np.where(full, z, np.float32(np.resize([np.nan, np.inf, 99, -np.inf], z.shape)))
+        for axis in (-1, -2):
+            hidden, mask = (np.moveaxis(x, -1, axis) for x in (hidden, mask))
+            got = statistics(form, hidden, 1, mask=jnp.asarray(mask), axes=(axis,))
+            assert_same(got, exact(np.where(full, z, -np.inf)), rtol=TOLERANCE["loss"])
+            np.testing.assert_array_equal(got[2], z[:, 1])
+            got = statistics(form, hidden, 2, mask=jnp.asarray(mask), axes=(axis,))
+            np.testing.assert_array_equal(got[2], -np.inf)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -304,20 +312,33 @@ def test_rows_read_in_blocks_and_at_once_agree(dtype, softcap, num_classes):
 
 
 @of_forms
+@pytest.mark.parametrize("option", ["softcap", "temperature"])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("num_classes", [32, 33])
-def test_with_a_soft_cap_the_statistics_are_of_capped_logits(form, num_classes):
+def test_the_statistics_are_of_capped_and_tempered_logits(form, num_classes, masked, option):
     """And the label's logit is at the maximum if it was so before, however the cap is rounded."""
     z = rng(18).normal(0, 5, (64, num_classes)).astype(np.float32)
     labels = np.where(np.arange(64) % 2, z.argmax(-1), 0).astype(np.int32)
-    highest, tail, at_label = statistics(form, z, labels[:, None], softcap=3.0)
-    want = 3 * np.tanh(z.astype(np.float64) / 3)
-    # The cap is rounded some five times; 3 is the size of what it gives.
-    cap_error = 5 * 3 * 2.0**-24
-    np.testing.assert_allclose(highest, want.max(-1), rtol=0, atol=cap_error)
-    np.testing.assert_allclose(tail, exact(want)[1], rtol=TOLERANCE["loss"] + 2 * cap_error)
+    logits, view = z, {option: 3.0}
+    if masked:  # the largest class, and the label of the first row
+        logits = np.concatenate([z, np.full((64, 1), 99, z.dtype)], axis=-1)
+        view["mask"] = jnp.arange(num_classes + 1)[None] < num_classes
+        labels[0] = num_classes
+    out = statistics(form, logits, labels[:, None], **view)
+    if masked:
+        assert np.isneginf(out[2][0])
+        *out, z, labels = (x[1:] for x in (*out, z, labels))
+    highest, tail, at_label = out
+    want = z.astype(np.float64) / 3
+    want = 3 * np.tanh(want) if option == "softcap" else want
+    # The cap is rounded some five times, a quotient once.
+    error = (5 if option == "softcap" else 1) * np.abs(want).max() * 2.0**-24
+    np.testing.assert_allclose(highest, want.max(-1), rtol=0, atol=error)
+    np.testing.assert_allclose(tail, exact(want)[1], rtol=TOLERANCE["loss"] + 2 * error)
     picked = np.take_along_axis(want, labels[:, None], -1)[:, 0]
-    np.testing.assert_allclose(at_label, picked, rtol=0, atol=cap_error)
-    np.testing.assert_array_equal((at_label == highest)[1::2], True)
+    np.testing.assert_allclose(at_label, picked, rtol=0, atol=error)
+    is_largest = labels == z.argmax(-1)
+    np.testing.assert_array_equal(at_label[is_largest], highest[is_largest])
     assert np.all(at_label <= highest)
 
 
@@ -454,18 +475,45 @@ def test_all_rows_may_share_their_targets(form, num_classes, axis):
         assert got.size == 5
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("form", OF_TARGETS)
-def test_masked_classes_are_left_out_of_the_sums_of_targets(form):
+def test_masked_classes_are_left_out_of_the_sums_of_targets(form, axis):
     z = np.array([[9, 1, 2, 0.5], [1, 3, 3, 9]], np.float32)
     y = np.array([[4, 0.5, 0, 2], [1, 0.25, 3, 8]], np.float32)
     keep = np.array([[False, True, True, True], [True, True, True, False]])
-    targets = targets_of(jnp.asarray(y), None, jnp.full((1, 1), 1 / 3), None)
-    got = compiled(OF_TARGETS[form])(rows(z, mask=jnp.asarray(keep)), targets)
+    logits, mask, dense = (jnp.moveaxis(x, -1, axis) for x in (z, keep, y))
+    targets = targets_of(dense, None, jnp.full((1, 1), 1 / 3), None)
+    got = compiled(OF_TARGETS[form])(rows(logits, mask=mask, axes=(axis,)), targets)
+    got = [x.squeeze(axis) for x in got]
     z, y = (x[keep].reshape(2, 3).astype(np.float64) for x in (z, y))
     dot = (y * (z - z.max(-1, keepdims=True))).sum(-1)
-    assert_same([x[:, 0] for x in got[:2]], exact(z), rtol=TOLERANCE["loss"])
+    assert_same(got, exact(z), rtol=TOLERANCE["loss"])
     for x, want in zip(got[2:], (y.sum(-1), dot, [1, 1]), strict=True):
-        np.testing.assert_allclose(x[:, 0], want, rtol=TOLERANCE["loss"])
+        np.testing.assert_allclose(x, want, rtol=TOLERANCE["loss"])
+
+
+def test_chunks_of_targets_merge_to_the_whole():
+    """As on a GPU, which reduces parts of a row side by side."""
+
+    @jax.jit
+    def elements(z, y):
+        operands = z, jnp.zeros_like(z), y, jnp.zeros_like(y), jnp.isfinite(z).astype(z.dtype)
+        neutral = tuple(map(np.float32, (-np.inf, 0, 0, 0, 0)))
+        return jax.lax.reduce(operands, neutral, _rows._merge_targets, (1,))
+
+    z = rng(24).normal(0, 4, (5, 24)).astype(np.float32)
+    y = rng(25).random(z.shape).astype(np.float32)
+    z[:, [3, 9, 23]] = z.max()  # ties across the chunks
+    z[:2, :12], y[:2, :12] = -np.inf, 0
+    distance = z.astype(np.float64) - z.max(-1, keepdims=True)
+    dot = (y * np.where(y == 0, 0, distance)).sum(-1)
+    for cuts in ([8, 16], [12], list(range(1, 24))):
+        chunks = [elements(*x) for x in zip(*(np.split(x, cuts, -1) for x in (z, y)), strict=True)]
+        for order in (chunks, chunks[::-1]):
+            highest, others, *sums = functools.reduce(jax.jit(_rows._merge_targets), order)
+            assert_same(tail_of((highest, others)), exact(z), rtol=2 * _exponent_error(z))
+            for x, want in zip(sums, (y.sum(-1), dot, np.ones(5)), strict=True):
+                np.testing.assert_allclose(x, want, rtol=TOLERANCE["loss"])
 
 
 # -- logits that the same program computes -------------------------------------------------------

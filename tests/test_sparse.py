@@ -24,7 +24,7 @@ from support import (
     wide,
 )
 
-from jax_sce import Sparse, Teacher, linear_softmax_cross_entropy as head, shard
+from jax_sce import Sparse, Teacher, _sparse, linear_softmax_cross_entropy as head, shard
 
 N, V, K, D = 12, 16, 5, 4
 INF, NAN = np.inf, np.nan
@@ -92,6 +92,13 @@ def test_many_places_take_memory_in_proportion(x64):
     assert run.memory_analysis().temp_size_in_bytes < 16 * ids.size * 8  # not ids.size * k
     got, want = run(logits, ids, values), pulled(dense, logits, ids, values, g=g)
     assert_close_to_largest(got, want, rtol=1e-12)
+
+
+def test_more_places_than_are_compared_at_a_time():
+    ids = jnp.arange(4100) % 41
+    first, total = jax.jit(_sparse._merged)(ids, jnp.ones(4100))
+    np.testing.assert_array_equal(first, jnp.arange(4100) < 41)
+    np.testing.assert_array_equal(total, 100)
 
 
 @pytest.mark.parametrize("axis", [0, 1, (0, 2), (2, 1), None], ids=str)
@@ -196,9 +203,10 @@ def test_checkify_names_it_where_it_counts(loss):
 
     checked = checkify.checkify(total, errors=checkify.user_checks)
     ids, ones = IDS.at[3, 1].set(V + 4), jnp.ones(N)
-    message = checked(ids, ones)[0].get()
-    assert f"labels must lie in [0, {V}), got {V + 4} at (3, 1)" in message
-    assert checked(IDS, ones)[0].get() is None
+    for weights in (ones, None):
+        message = checked(ids, weights)[0].get()
+        assert f"labels must lie in [0, {V}), got {V + 4} at (3, 1)" in message
+        assert checked(IDS.at[3, 1].set(-1), weights)[0].get() is None
     assert checked(ids, ones.at[3].set(0))[0].get() is None
 
 
@@ -295,8 +303,7 @@ def test_over_devices(loss, axis_type):
         return jax.jit(jax.value_and_grad(of, argnums, has_aux=True))
 
     want = total(whole)(*args, IDS, VALUES, options)
-    if axis_type == AxisType.Auto:
-        NEAR(total(whole)(*placed, *labels, options), want)
+    NEAR(total(whole)(*placed, *labels, options), want)
     NEAR(total(shard(whole, mesh, batch="data", classes="model"))(*placed, *labels, options), want)
 
 

@@ -89,6 +89,15 @@ def test_it_is_the_naive_formula(forward_mode, divergence, reduction, x64):
     assert_close_to_largest(*both(*args), rtol=1e-12)
 
 
+def test_the_cross_entropy_is_the_default():
+    hidden, kernel = TEACHER["hidden"], TEACHER["kernel"]
+    default, asked = (
+        head(STUDENT["hidden"], STUDENT["kernel"], labels)
+        for labels in (Teacher(hidden, kernel), Teacher(hidden, kernel, divergence=False))
+    )
+    np.testing.assert_array_equal(default, asked)
+
+
 def test_it_is_a_constant(x64):
     student, teacher = jax.tree.map(lambda x: x.astype(jnp.float64), (STUDENT, TEACHER))
     for forward_mode in (False, True):

@@ -153,16 +153,18 @@ def naive_hessian(kind, with_options):
     rows = np.array([[1.0, 1.0, 0.0, -1.0, 0.5, 1.0], [30.0, 0, 1, 2, 0, 1], LOGITS[0]])
     labels = labels_for(kind)[:3]
 
+    where = ~np.eye(3, V, 1, bool) if with_options else np.ones((3, V), bool)
+
     def f(z):
         y = jax.nn.one_hot(labels, V) if kind == "integer" else labels
         if with_options:
             z = 2.0 * jnp.tanh(z / 2.0)
-            y = 0.9 * y + 0.1 / V
-        normalizer = jax.nn.logsumexp(z, axis=-1)
-        losses = jnp.sum(y * (normalizer[:, None] - z), -1)
+            y = 0.9 * y + 0.1 / (V - 1)
+        normalizer = jax.nn.logsumexp(z, axis=-1, where=where)
+        losses = jnp.sum(y * (normalizer[:, None] - z), -1, where=where)
         return jnp.vdot(cotangents(3), losses + (0.1 if with_options else 0.0) * normalizer**2)
 
-    return rows, labels, jax.jit(jax.hessian(f))(rows)
+    return rows, labels, where, jax.jit(jax.hessian(f))(rows)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +173,10 @@ def naive_hessian(kind, with_options):
 )
 def test_hessians(order, kind, with_options, x64):
     """By all orders of the modes that the rules allow."""
-    rows, labels, want = naive_hessian(kind, with_options)
+    rows, labels, where, want = naive_hessian(kind, with_options)
     outer, inner, forward_mode = ORDERS[order]
-    options = {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1} if with_options else {}
+    options = {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "where": where}
+    options = options if with_options else {}
 
     def f(z):
         return jnp.vdot(cotangents(3), BOTH[kind](z, labels, forward_mode=forward_mode, **options))
@@ -355,6 +358,14 @@ def test_vmap_over_an_axis_of_the_mesh():
         of_models = jax.vmap(jax.value_and_grad(loss), (0, None, None), spmd_axis_name="models")
         got = jax.jit(of_models)(hidden, kernel, LABELS)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("kind", [*BOTH, "linear"])
+def test_an_eager_call_is_one_program(kind):
+    loss = BOTH.get(kind, lambda z, y: linear_softmax_cross_entropy(z, z.T, y))
+    labels = LOGITS if kind == "dense" else jnp.asarray(LABELS)
+    (*_, last) = jax.make_jaxpr(loss)(LOGITS, labels).eqns
+    assert last.primitive.name == "jit"
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -83,11 +83,11 @@ def test_the_mean_of_one_example_is_its_loss():
 
 def test_only_a_weight_of_zero_excuses_what_is_wrong():
     """And it excuses nothing that is right: the derivative by the weight is the loss."""
-    logits = rng(6).normal(size=(5, 3)).astype(np.float32)
-    logits[4, 0] = np.inf
-    labels, weights = np.array([7, 7, 1, 1, 2], np.int32), np.array([0, 1, 0, 1, 0], np.float32)
+    logits = rng(6).normal(size=(6, 3)).astype(np.float32)
+    logits[4, 0], logits[5, 1] = np.inf, -np.inf
+    labels, weights = np.int32([7, 7, 0, 1, 2, 1]), np.float32([0, 1, 0, 1, 0, 0])
     losses, pull = jax.vjp(lambda w: INTEGER(logits, labels, weights=w), weights)
     want = exact_loss(logits[2:4], labels[2:4])
-    np.testing.assert_allclose(losses, [0, np.nan, 0, want[1], 0], rtol=TOLERANCE["loss"])
-    (of_weights,) = pull(jnp.ones(5))
+    np.testing.assert_allclose(losses, [0, np.nan, 0, want[1], 0, 0], rtol=TOLERANCE["loss"])
+    (of_weights,) = pull(jnp.ones(6))
     np.testing.assert_allclose(of_weights[2:4], want, rtol=TOLERANCE["loss"])
