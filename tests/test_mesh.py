@@ -201,10 +201,10 @@ def test_an_eager_call_with_a_kernel_that_lives_split():
     floats, rest = arguments("linear")
     want = derivatives(FUNCTIONS["linear"], floats, rest, reduction="mean")
     loss = functools.partial(shard(FUNCTIONS["linear"], mesh, classes=classes), reduction="mean")
+    floats = jax.tree.map(jnp.asarray, floats)
     for spec in (P(), P("data"), P("data", "model")):
         split = NamedSharding(mesh, spec)
-        kernel = jax.device_put(floats["kernel"], split)
-        floats = jax.tree.map(jnp.asarray, floats) | {"kernel": kernel}
+        floats["kernel"] = jax.device_put(floats["kernel"], split)
         assert_close(loss(**floats, **rest), want[0])
     explicit, _ = make_mesh("2x4", AxisType.Explicit)
     floats["kernel"] = jax.device_put(floats["kernel"], NamedSharding(explicit, split.spec))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from support import BOTH, TOLERANCE, one_hot, rng, targets_of
 
-from jax_sce import _backend, _cpu, _rows
+from jax_sce import _backend, _cpu, _cross_entropy, _rows
 from jax_sce._rows import Rows, Statistics
 
 # As one reduction, in the forms that CPU has without kernels, and as the losses have them.
@@ -47,13 +47,9 @@ by_hypothesis = settings(max_examples=60, deadline=None, derandomize=True, datab
 
 
 def rows(z, softcap=None, mask=None, axes=(-1,), temperature=None):
-    z = jnp.asarray(z)
-    view = Rows(z, axes, mask)
-    if softcap is not None:
-        view = dataclasses.replace(view, softcap=jnp.full((1,) * z.ndim, softcap, jnp.float32))
-    if temperature is not None:
-        temperature = jnp.full(view.row_shape, temperature, jnp.float32)
-    return dataclasses.replace(view, temperature=temperature)
+    softcap = None if softcap is None else jnp.float32(softcap)
+    view = _cross_entropy.rows_of(jnp.asarray(z), axes, None, softcap, temperature)
+    return dataclasses.replace(view, mask=mask)
 
 
 @functools.cache
@@ -319,7 +315,7 @@ def test_the_statistics_are_of_capped_and_tempered_logits(form, num_classes, mas
     """And the label's logit is at the maximum if it was so before, however the cap is rounded."""
     z = rng(18).normal(0, 5, (64, num_classes)).astype(np.float32)
     labels = np.where(np.arange(64) % 2, z.argmax(-1), 0).astype(np.int32)
-    logits, view = z, {option: 3.0}
+    logits, view = z, {option: 3.0 if option == "softcap" else jnp.full(64, 3.0)}
     if masked:  # the largest class, and the label of the first row
         logits = np.concatenate([z, np.full((64, 1), 99, z.dtype)], axis=-1)
         view["mask"] = jnp.arange(num_classes + 1)[None] < num_classes

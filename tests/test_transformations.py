@@ -152,7 +152,6 @@ def naive_hessian(kind, with_options):
     """At a tie, a confident row, and any row."""
     rows = np.array([[1.0, 1.0, 0.0, -1.0, 0.5, 1.0], [30.0, 0, 1, 2, 0, 1], LOGITS[0]])
     labels = labels_for(kind)[:3]
-
     where = ~np.eye(3, V, 1, bool) if with_options else np.ones((3, V), bool)
 
     def f(z):
@@ -175,8 +174,9 @@ def test_hessians(order, kind, with_options, x64):
     """By all orders of the modes that the rules allow."""
     rows, labels, where, want = naive_hessian(kind, with_options)
     outer, inner, forward_mode = ORDERS[order]
-    options = {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "where": where}
-    options = options if with_options else {}
+    options = {}
+    if with_options:
+        options = {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "where": where}
 
     def f(z):
         return jnp.vdot(cotangents(3), BOTH[kind](z, labels, forward_mode=forward_mode, **options))
